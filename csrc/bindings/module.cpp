@@ -1,0 +1,93 @@
+// Python's door: integers in (addresses, counts, thread numbers), nothing else. Callers own all memory.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <cstdint>
+#include <map>
+#include <string>
+#include <vector>
+
+#include "../core/losses.h"
+#include "../core/solve.h"
+#include "../cpu/multi_tensor.h"
+
+namespace py = pybind11;
+using igb::cpu::DType;
+using igb::cpu::TensorTable;
+using Address = std::uintptr_t;
+
+namespace {
+
+template <class T> T* pointer(Address address) { return reinterpret_cast<T*>(address); }
+
+struct Table : TensorTable {
+  Table(Address addresses, Address numel, Address dtypes, int tasks, std::int64_t params)
+      : TensorTable{pointer<std::uintptr_t>(addresses), pointer<std::int64_t>(numel), pointer<DType>(dtypes), tasks,
+                    params} {}
+};
+
+const std::map<std::string, igb::Method> kMethods = {
+    {"equal", igb::Method::equal},
+    {"db_mtl", igb::Method::db_mtl},
+    {"emtl", igb::Method::emtl},
+    {"imtl_g", igb::Method::imtl_g},
+    {"nash_mtl", igb::Method::nash_mtl},
+};
+
+const std::map<std::string, igb::LossRule> kLossRules = {
+    {"none", igb::LossRule::none},
+    {"log", igb::LossRule::log},
+    {"igb_v1", igb::LossRule::igb_v1},
+    {"imtl_l", igb::LossRule::imtl_l},
+};
+
+template <class Enum> std::map<std::string, int> numbers(const std::map<std::string, Enum>& named) {
+  std::map<std::string, int> result;
+  for (const auto& [name, value] : named) result[name] = int(value);
+  return result;
+}
+
+std::int32_t solve(int method_number, int tasks, Address gram, bool full, Address losses,
+                   const std::vector<double>& options, Address state, Address weights) {
+  const auto method = igb::Method(method_number);
+  const igb::Problem problem{tasks, pointer<double>(gram), full, pointer<double>(losses), options.data(),
+                             pointer<double>(state)};
+  std::vector<double> workspace(igb::workspace_size(method, tasks));
+  return igb::solve(method, problem, pointer<double>(weights), workspace.data(), igb::SerialTeam{});
+}
+
+std::int32_t loss_scales(int rule, int tasks, Address losses, Address per_task, const std::vector<double>& options,
+                         Address scales) {
+  return igb::loss_scales(igb::LossRule(rule), tasks, pointer<double>(losses), pointer<double>(per_task),
+                          options.data(), pointer<double>(scales), igb::SerialTeam{});
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "Compiled kernels of igb_kernels; use igb_kernels.ops.";
+  using Unlocked = py::call_guard<py::gil_scoped_release>;
+
+  py::class_<Table>(m, "Table").def(py::init<Address, Address, Address, int, std::int64_t>());
+  m.def("gram", [](const Table& grads, Address gram, int threads) {
+    igb::cpu::gram(grads, pointer<double>(gram), threads);
+  }, Unlocked());
+  m.def("sq_norms", [](const Table& grads, Address norms, int threads) {
+    igb::cpu::sq_norms(grads, pointer<double>(norms), threads);
+  }, Unlocked());
+  m.def("ema", [](const Table& out, const Table& state, const Table& grads, double decay, Address norms, int threads) {
+    igb::cpu::ema(out, state, grads, decay, pointer<double>(norms), threads);
+  }, Unlocked());
+  m.def("combine", [](const Table& out, const Table& grads, Address weights, bool accumulate, int threads) {
+    igb::cpu::combine(out, grads, pointer<double>(weights), accumulate, threads);
+  }, Unlocked());
+  m.def("solve", &solve, Unlocked());
+  m.def("loss_scales", &loss_scales, Unlocked());
+  m.attr("methods") = numbers(kMethods);
+  m.attr("loss_rules") = numbers(kLossRules);
+  m.attr("max_tasks") = igb::cpu::kMaxTasks;
+  m.def("option_count", [](int method) { return igb::option_count(igb::Method(method)); });
+  m.def("state_size", [](int method, int tasks) { return igb::state_size(igb::Method(method), tasks); });
+  m.def("instruction_set", &igb::cpu::instruction_set);
+  m.def("use_instruction_set", [](const std::string& name) { return igb::cpu::use_instruction_set(name.c_str()); });
+}

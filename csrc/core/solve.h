@@ -1,0 +1,81 @@
+// The K x K mathematics of gradient balancing, one entry point for host and device. A method is one solver header, one
+// line in the enum and one in select().
+//
+// Contract of every method: a NaN or inf in its inputs makes every weight NaN and leaves the state alone. A task whose
+// norm is at most inactive_ratio times the largest is inactive: weight 0, unless none is active; then the weights are the
+// method's neutral ones. Arrays must not overlap. Results do not depend on the team's width.
+#pragma once
+
+#include "gramian.h"
+#include "platform.h"
+#include "problem.h"
+#include "solvers/db_mtl.h"
+#include "solvers/emtl.h"
+#include "solvers/equal.h"
+#include "solvers/imtl_g.h"
+#include "solvers/nash_mtl.h"
+#include "status.h"
+
+namespace igb {
+
+enum class Method : int { equal = 0, db_mtl = 1, emtl = 2, imtl_g = 3, nash_mtl = 4 };
+
+namespace detail {
+
+template <class Visitor>
+IGB_HD constexpr auto select(Method method, const Visitor& visit) {
+  switch (method) {
+    case Method::equal: return visit(Equal{});
+    case Method::db_mtl: return visit(DbMtl{});
+    case Method::emtl: return visit(Emtl{});
+    case Method::imtl_g: return visit(ImtlG{});
+    case Method::nash_mtl: break;
+  }
+  return visit(NashMtl{});
+}
+
+template <class Solver, class Team>
+IGB_HD std::int32_t run(const Problem& problem, double* weights, double* workspace, const Team& team) {
+  const int tasks = problem.tasks;
+  Norms norms = measure_norms(problem, Solver::needs_gram, Solver::inactive_ratio, workspace, team);
+  if (Solver::needs_losses)
+    for (int i = 0; i < tasks; ++i)
+      if (!is_finite(problem.losses[i])) norms.status = non_finite;
+  if (norms.status & non_finite) {
+    fill(tasks, weights, NAN, team);
+    return non_finite;
+  }
+  return norms.status | Solver::solve(problem, norms, weights, workspace + tasks, team);
+}
+
+}  // namespace detail
+
+IGB_HD constexpr int workspace_size(Method method, int tasks) {  // in doubles
+  return detail::select(method, [tasks](auto solver) { return tasks + decltype(solver)::workspace_size(tasks); });
+}
+
+IGB_HD constexpr int state_size(Method method, int tasks) {  // in doubles
+  return detail::select(method, [tasks](auto solver) { return decltype(solver)::state_size(tasks); });
+}
+
+IGB_HD constexpr int option_count(Method method) {
+  return detail::select(method, [](auto solver) { return static_cast<int>(decltype(solver)::option_count); });
+}
+
+IGB_HD constexpr bool needs_gram(Method method) {
+  return detail::select(method, [](auto solver) { return decltype(solver)::needs_gram; });
+}
+
+IGB_HD constexpr bool needs_losses(Method method) {
+  return detail::select(method, [](auto solver) { return decltype(solver)::needs_losses; });
+}
+
+// Called by every lane; returns the same Status bits to each.
+template <class Team>
+IGB_HD std::int32_t solve(Method method, const Problem& problem, double* weights, double* workspace, const Team& team) {
+  return detail::select(method, [&](auto solver) {
+    return detail::run<decltype(solver)>(problem, weights, workspace, team);
+  });
+}
+
+}  // namespace igb

@@ -1,0 +1,33 @@
+// Kernels over one chunk of one column, in one instruction set; multi_tensor.cpp cuts columns into chunks.
+#pragma once
+#include <cstddef>
+
+#include "tensor_table.h"
+
+namespace igb::cpu {
+
+struct ChunkKernels {
+  const char* name;
+
+  // sums[index[i] * stride + index[j]] += <rows[i], rows[j]> for j <= i < count.
+  void (*gram)(DType, const void* const* rows, const int* index, int count, std::size_t n, double* sums, int stride);
+
+  // Sum of squares.
+  double (*sq_norm)(DType, const void* row, std::size_t n);
+
+  // out = decay * state + (1 - decay) * grad; returns the sum of squares of out. state and out have the
+  // accumulator's dtype and may be one; a null state or grad counts as zeros.
+  double (*ema)(DType grad_dtype, void* out, const void* state, const void* grad, std::size_t n, double decay);
+
+  // out (+)= sum_k weights[k] * rows[k]. out may be one of the rows. `scratch` holds n accumulators.
+  void (*combine)(DType row_dtype, DType out_dtype, void* out, const void* const* rows, const double* weights,
+                  int count, std::size_t n, bool accumulate, void* scratch);
+};
+
+extern const ChunkKernels portable_kernels;
+#ifdef IGB_X86_KERNELS
+extern const ChunkKernels avx2_kernels;
+extern const ChunkKernels avx512_kernels;
+#endif
+
+}  // namespace igb::cpu

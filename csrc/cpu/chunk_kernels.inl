@@ -1,0 +1,228 @@
+// The chunk kernels' bodies. Each kernels_<isa>.cpp includes this once, compiled with its own flags.
+#include <type_traits>
+#include <utility>
+
+#include "chunk_kernels.h"
+#include "simd.h"
+
+namespace {
+
+using igb::cpu::DType;
+
+template <class T> const T* cast(const void* p) { return static_cast<const T*>(p); }
+
+// Calls f with a null pointer of the element type.
+template <class F> auto with_type(DType t, F&& f) {
+  switch (t) {
+    case DType::f64: return f(static_cast<double*>(nullptr));
+    case DType::bf16: return f(static_cast<bf16*>(nullptr));
+    case DType::f16: return f(static_cast<f16*>(nullptr));
+    default: return f(static_cast<float*>(nullptr));
+  }
+}
+template <class P> using Element = std::remove_pointer_t<P>;
+
+// ---- Gramian ---------------------------------------------------------------------------------------------
+
+// The accumulators of a tile must fit in the registers: 32 of them with AVX-512, else 16.
+constexpr int kTile = IGB_SIMD_BYTES == 64 ? 4 : 3;
+
+// Few pairs are unrolled so that the additions of a lane do not wait for each other.
+constexpr int unroll_for(int pairs) { return pairs >= 8 ? 1 : pairs >= 4 ? 2 : 4; }
+
+// sums[i][j] = <a_i, b_j>; on the diagonal a and b are the same rows, and only j <= i is computed.
+template <class T, int I, bool Diagonal>
+void gram_tile(const T* const* a, const T* const* b, size_t n, double (*sums)[kTile]) {
+  using A = Accumulator<T>;
+  constexpr int J = Diagonal ? I : kTile;
+  constexpr int U = unroll_for(Diagonal ? I * (I + 1) / 2 : I * J);
+  constexpr size_t N = kLanes<A>, kStep = kParts<T> * N;
+  Vec<A> acc[U][I][J] = {};
+  const auto add = [&](Vec<A> (&into)[I][J], auto&& vector_of) __attribute__((always_inline)) {
+    Vec<A> x[I], y[J];
+#pragma GCC unroll 4
+    for (int i = 0; i < I; ++i) x[i] = vector_of(a[i]);
+#pragma GCC unroll 4
+    for (int j = 0; j < J; ++j) y[j] = Diagonal ? x[j] : vector_of(b[j]);
+#pragma GCC unroll 4
+    for (int i = 0; i < I; ++i)
+#pragma GCC unroll 4
+      for (int j = 0; j < (Diagonal ? i + 1 : J); ++j) into[i][j] += x[i] * y[j];
+  };
+  size_t e = 0;
+  for (; e + U * kStep <= n; e += U * kStep)
+#pragma GCC unroll 4
+    for (int u = 0; u < U; ++u) {
+      add(acc[u], [&](const T* p) { return load_part<0>(p + e + u * kStep); });
+      if constexpr (kParts<T> == 2) add(acc[u], [&](const T* p) { return load_part<1>(p + e + u * kStep); });
+    }
+  for (; e + N <= n; e += N) add(acc[0], [&](const T* p) { return load(p + e); });
+  if (e < n) add(acc[0], [&](const T* p) { return load_first(p + e, n - e); });
+  for (int i = 0; i < I; ++i)
+    for (int j = 0; j < (Diagonal ? i + 1 : J); ++j) {
+      sums[i][j] = 0;
+      for (int u = 0; u < U; ++u) sums[i][j] += sum_lanes<A>(acc[u][i][j]);
+    }
+}
+
+template <class T> using TileKernel = void (*)(const T* const*, const T* const*, size_t, double (*)[kTile]);
+
+// Only the last tile of rows can be narrower than kTile, so below the diagonal b is always full.
+template <class T, bool Diagonal, size_t... I>
+constexpr TileKernel<T> tile_kernel(int rows, std::index_sequence<I...>) {
+  constexpr TileKernel<T> kernels[] = {&gram_tile<T, int(I) + 1, Diagonal>...};
+  return kernels[rows - 1];
+}
+
+template <class T>
+void gram_of(const void* const* untyped, const int* index, int count, size_t n, double* sums, int stride) {
+  constexpr auto heights = std::make_index_sequence<kTile>{};
+  const T* const* const rows = reinterpret_cast<const T* const*>(untyped);
+  for (int i0 = 0; i0 < count; i0 += kTile) {
+    const int height = count - i0 < kTile ? count - i0 : kTile;
+    for (int j0 = 0; j0 <= i0; j0 += kTile) {
+      const bool diagonal = i0 == j0;
+      double tile[kTile][kTile];
+      (diagonal ? tile_kernel<T, true>(height, heights) : tile_kernel<T, false>(height, heights))(
+          rows + i0, rows + j0, n, tile);
+      for (int i = 0; i < height; ++i)
+        for (int j = 0; j < (diagonal ? i + 1 : kTile); ++j)
+          sums[index[i0 + i] * stride + index[j0 + j]] += tile[i][j];
+    }
+  }
+}
+
+void gram(DType dtype, const void* const* rows, const int* index, int count, size_t n, double* sums, int stride) {
+  with_type(dtype, [&](auto tag) { gram_of<Element<decltype(tag)>>(rows, index, count, n, sums, stride); });
+}
+
+// ---- Norms and moving averages ---------------------------------------------------------------------------
+
+template <class A> double sum_of(Vec<A> (&acc)[4]) { return sum_lanes<A>((acc[0] + acc[1]) + (acc[2] + acc[3])); }
+
+double sq_norm(DType dtype, const void* row, size_t n) {
+  return with_type(dtype, [&](auto tag) {
+    using T = Element<decltype(tag)>;
+    using A = Accumulator<T>;
+    constexpr size_t N = kLanes<A>, kStep = kParts<T> * N;
+    const T* const x = cast<T>(row);
+    Vec<A> acc[4] = {};
+    const auto add = [&](int u, Vec<A> v) { acc[u] += v * v; };
+    size_t e = 0;
+    for (; e + 4 * kStep <= n; e += 4 * kStep)
+#pragma GCC unroll 4
+      for (int u = 0; u < 4; ++u) {
+        add(u, load_part<0>(x + e + u * kStep));
+        if constexpr (kParts<T> == 2) add(u, load_part<1>(x + e + u * kStep));
+      }
+    for (; e + N <= n; e += N) add(0, load(x + e));
+    if (e < n) add(0, load_first(x + e, n - e));
+    return sum_of<A>(acc);
+  });
+}
+
+template <class T, bool HasState, bool HasGrad>
+double ema_of(Accumulator<T>* out, const Accumulator<T>* state, const T* grad, size_t n, double decay) {
+  using A = Accumulator<T>;
+  constexpr int N = kLanes<A>;
+  const Vec<A> keep = broadcast(A(decay)), take = broadcast(A(1 - decay));
+  Vec<A> acc[4] = {};
+  const auto update = [&](int u, auto&& load_one, auto&& store_one) {
+    Vec<A> v = {};
+    if constexpr (HasState) v = keep * load_one(state);
+    if constexpr (HasGrad) v += take * load_one(grad);
+    store_one(out, v);
+    acc[u] += v * v;
+  };
+  size_t e = 0;
+  const auto whole = [&](int u, size_t at) {
+    update(u, [&](auto p) { return load(p + at); }, [&](A* p, Vec<A> v) { store(p + at, v); });
+  };
+  for (; e + 4 * N <= n; e += 4 * N)
+#pragma GCC unroll 4
+    for (int u = 0; u < 4; ++u) whole(u, e + u * N);
+  for (; e + N <= n; e += N) whole(0, e);
+  if (e < n)
+    update(0, [&](auto p) { return load_first(p + e, n - e); },
+           [&](A* p, Vec<A> v) { store_first(p + e, v, n - e); });
+  return sum_of<A>(acc);
+}
+
+double ema(DType grad_dtype, void* out, const void* state, const void* grad, size_t n, double decay) {
+  return with_type(grad_dtype, [&](auto tag) {
+    using T = Element<decltype(tag)>;
+    using A = Accumulator<T>;
+    const auto run = [&](auto has_state, auto has_grad) {
+      return ema_of<T, has_state.value, has_grad.value>(static_cast<A*>(out), cast<A>(state), cast<T>(grad), n, decay);
+    };
+    constexpr std::true_type yes{};
+    constexpr std::false_type no{};
+    return state ? (grad ? run(yes, yes) : run(yes, no)) : (grad ? run(no, yes) : run(no, no));
+  });
+}
+
+// ---- Weighted sum ----------------------------------------------------------------------------------------
+
+// More rows than this are summed in groups: the hardware follows about as many streams at once.
+constexpr int kStreams = 8;
+
+// out = init + sum_k weights[k] * rows[k] for at most kStreams rows; init may be null, out one of the rows.
+template <class T, class I, class O>
+void combine_group(O* out, const I* init, const T* const* rows, const double* weights, int count, size_t n) {
+  using A = Accumulator<T>;
+  constexpr int N = kLanes<A>, U = 4;
+  Vec<A> w[kStreams];
+  for (int k = 0; k < count; ++k) w[k] = broadcast(A(weights[k]));
+  size_t e = 0;
+  for (; e + U * N <= n; e += U * N) {
+    Vec<A> acc[U] = {};
+    if (init)
+#pragma GCC unroll 4
+      for (int u = 0; u < U; ++u) acc[u] = load(init + e + u * N);
+    for (int k = 0; k < count; ++k)
+#pragma GCC unroll 4
+      for (int u = 0; u < U; ++u) acc[u] += w[k] * load(rows[k] + e + u * N);
+#pragma GCC unroll 4
+    for (int u = 0; u < U; ++u) store(out + e + u * N, acc[u]);
+  }
+  for (; e < n; e += N) {
+    const size_t left = n - e;
+    Vec<A> acc = {};
+    if (init) acc = load_first(init + e, left < N ? left : N);
+    for (int k = 0; k < count; ++k) acc += w[k] * load_first(rows[k] + e, left < N ? left : N);
+    store_first(out + e, acc, left < N ? left : N);
+  }
+}
+
+template <class T, class O>
+void combine_of(O* out, const void* const* rows, const double* weights, int count, size_t n, bool accumulate,
+                Accumulator<T>* partial) {
+  const T* group[kStreams];
+  const O* const init = accumulate ? out : nullptr;
+  for (int k0 = 0; k0 == 0 || k0 < count; k0 += kStreams) {
+    const int width = count - k0 < kStreams ? count - k0 : kStreams;
+    for (int k = 0; k < width; ++k) group[k] = cast<T>(rows[k0 + k]);
+    const bool first = k0 == 0, last = k0 + width == count;
+    // Between groups the sum stays in `partial`: out may be a row that is still to be read.
+    if (first && last) combine_group<T, O, O>(out, init, group, weights, width, n);
+    else if (first) combine_group<T, O, Accumulator<T>>(partial, init, group, weights, width, n);
+    else if (last) combine_group<T, Accumulator<T>, O>(out, partial, group, weights + k0, width, n);
+    else combine_group<T, Accumulator<T>, Accumulator<T>>(partial, partial, group, weights + k0, width, n);
+  }
+}
+
+void combine(DType row_dtype, DType out_dtype, void* out, const void* const* rows, const double* weights, int count,
+             size_t n, bool accumulate, void* scratch) {
+  with_type(row_dtype, [&](auto row_tag) {
+    using T = Element<decltype(row_tag)>;
+    with_type(out_dtype, [&](auto out_tag) {
+      using O = Element<decltype(out_tag)>;
+      using A = Accumulator<T>;
+      if constexpr (std::is_same_v<O, T> || std::is_same_v<O, A> || (std::is_same_v<T, A> && std::is_same_v<Accumulator<O>, A>))
+        combine_of<T, O>(static_cast<O*>(out), rows, weights, count, n, accumulate,
+                         static_cast<A*>(scratch));
+    });
+  });
+}
+
+}  // namespace

@@ -1,0 +1,207 @@
+#include "multi_tensor.h"
+
+#include <algorithm>
+#include <cstring>
+#include <vector>
+
+#include "chunk_kernels.h"
+
+namespace igb::cpu {
+namespace {
+
+// ---- Instruction sets ------------------------------------------------------------------------------------
+
+bool runs_here(const ChunkKernels& kernels) {
+#ifdef IGB_X86_KERNELS
+  if (&kernels == &avx512_kernels)
+    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+           __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+  if (&kernels == &avx2_kernels)
+    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+#endif
+  return &kernels == &portable_kernels;
+}
+
+constexpr const ChunkKernels* kBestFirst[] = {
+#ifdef IGB_X86_KERNELS
+    &avx512_kernels, &avx2_kernels,
+#endif
+    &portable_kernels};
+
+const ChunkKernels* chosen = *std::find_if(std::begin(kBestFirst), std::end(kBestFirst),
+                                           [](const ChunkKernels* k) { return runs_here(*k); });
+
+// ---- Chunks, blocks, threads -----------------------------------------------------------------------------
+
+struct Chunk {
+  std::int64_t param, offset, size;
+};
+
+// Long enough to amortise the sums at its end, short enough that K rows of it stay in the second-level cache.
+std::int64_t chunk_size(int tasks) {
+  constexpr std::int64_t kCachedElements = 32768, kLongest = 4096, kShortest = 512;
+  return std::clamp(kCachedElements / tasks / 512 * 512, kShortest, kLongest);
+}
+
+// Enough blocks to share out evenly, few enough that their K×K sums stay small.
+std::int64_t most_blocks(std::int64_t tasks) {
+  constexpr std::int64_t kMost = 64, kMostSums = 1 << 22;
+  return std::clamp(kMostSums / (tasks * tasks), std::int64_t(1), kMost);
+}
+constexpr std::int64_t kElementsWorthAThread = 32768;
+
+class Partition {
+ public:
+  explicit Partition(const TensorTable& table) : chunk_size_(chunk_size(table.tasks)) {
+    chunks_.clear();
+    for (std::int64_t p = 0; p < table.params; ++p) {
+      for (std::int64_t at = 0; at < table.numel[p]; at += chunk_size_)
+        chunks_.push_back({p, at, std::min(chunk_size_, table.numel[p] - at)});
+      elements_ += table.numel[p] * table.tasks;
+    }
+    blocks_ = int(std::min(most_blocks(table.tasks), std::int64_t(chunks_.size())));
+  }
+
+  int blocks() const { return blocks_; }
+  std::int64_t longest_chunk() const { return chunk_size_; }
+
+  // body(block, chunk) for every chunk of every block: blocks in any order, the chunks of one in sequence.
+  template <class Body> void for_each(int threads, Body&& body) const {
+    const auto useful = std::min<std::int64_t>(blocks_, 1 + elements_ / kElementsWorthAThread);
+    const int team = int(std::min<std::int64_t>(threads, useful));
+    const auto run = [this, &body, chunks = &chunks_](int block) {
+      const std::size_t count = chunks->size();
+      for (std::size_t c = count * block / blocks_; c < count * (block + 1) / blocks_; ++c) body(block, (*chunks)[c]);
+    };
+    if (team <= 1) {
+      for (int b = 0; b < blocks_; ++b) run(b);
+      return;
+    }
+#pragma omp parallel for num_threads(team) schedule(dynamic, 1)
+    for (int b = 0; b < blocks_; ++b) run(b);
+  }
+
+ private:
+  // Kept between calls, like the buffers below: a step on a small model should not allocate.
+  static thread_local std::vector<Chunk> chunks_;
+  std::int64_t chunk_size_, elements_ = 0;
+  int blocks_;
+};
+thread_local std::vector<Chunk> Partition::chunks_;
+
+// `size` bytes of the calling thread's own, reused by its next call with the same Tag.
+template <class Tag> void* thread_buffer(std::size_t size) {
+  static thread_local std::vector<double> buffer;
+  const std::size_t doubles = (size + 7) / 8;
+  if (buffer.size() < doubles) buffer.resize(doubles);
+  return buffer.data();
+}
+struct BlockSums;
+struct Scratch;
+
+// Zeroed sums, `width` for each block, and their total in the order of the blocks.
+class Sums {
+ public:
+  Sums(int blocks, std::int64_t width)
+      : data_(static_cast<double*>(thread_buffer<BlockSums>(sizeof(double) * blocks * width))),
+        blocks_(blocks), width_(width) {
+    std::fill_n(data_, blocks * width, 0.0);
+  }
+  double* of(int block) { return data_ + block * width_; }
+  void total(double* out) const {
+    std::fill_n(out, width_, 0.0);
+    for (int b = 0; b < blocks_; ++b)
+      for (std::int64_t i = 0; i < width_; ++i) out[i] += data_[b * width_ + i];
+  }
+
+ private:
+  double* data_;
+  int blocks_;
+  std::int64_t width_;
+};
+
+void* at(const TensorTable& table, int row, const Chunk& chunk) {
+  const std::uintptr_t base = table.address[row * table.params + chunk.param];
+  return base ? reinterpret_cast<void*>(base + chunk.offset * element_size(table.dtype[chunk.param])) : nullptr;
+}
+
+// The rows that reach a chunk's parameter, by task number in ascending order.
+struct PresentRows {
+  const void* rows[kMaxTasks];
+  int index[kMaxTasks];
+  int count = 0;
+
+  PresentRows(const TensorTable& table, const Chunk& chunk) {
+    for (int k = 0; k < table.tasks; ++k)
+      if (const void* row = at(table, k, chunk)) {
+        rows[count] = row;
+        index[count++] = k;
+      }
+  }
+};
+
+}  // namespace
+
+// ---- Operations ------------------------------------------------------------------------------------------
+
+void gram(const TensorTable& grads, double* gram, int threads) {
+  const int K = grads.tasks;
+  const Partition partition(grads);
+  Sums sums(partition.blocks(), std::int64_t(K) * K);
+  partition.for_each(threads, [&](int block, const Chunk& chunk) {
+    const PresentRows present(grads, chunk);
+    chosen->gram(grads.dtype[chunk.param], present.rows, present.index, present.count, std::size_t(chunk.size),
+                 sums.of(block), K);
+  });
+  sums.total(gram);
+  for (int i = 0; i < K; ++i)
+    for (int j = 0; j < i; ++j) gram[j * K + i] = gram[i * K + j];
+}
+
+void sq_norms(const TensorTable& grads, double* norms, int threads) {
+  const Partition partition(grads);
+  Sums sums(partition.blocks(), grads.tasks);
+  partition.for_each(threads, [&](int block, const Chunk& chunk) {
+    for (int k = 0; k < grads.tasks; ++k)
+      if (const void* row = at(grads, k, chunk))
+        sums.of(block)[k] += chosen->sq_norm(grads.dtype[chunk.param], row, std::size_t(chunk.size));
+  });
+  sums.total(norms);
+}
+
+void ema(const TensorTable& out, const TensorTable& state, const TensorTable& grads, double decay, double* norms,
+         int threads) {
+  const Partition partition(out);
+  Sums sums(partition.blocks(), out.tasks);
+  partition.for_each(threads, [&](int block, const Chunk& chunk) {
+    for (int k = 0; k < out.tasks; ++k)
+      sums.of(block)[k] += chosen->ema(grads.dtype[chunk.param], at(out, k, chunk), at(state, k, chunk),
+                                       at(grads, k, chunk), std::size_t(chunk.size), decay);
+  });
+  sums.total(norms);
+}
+
+void combine(const TensorTable& out, const TensorTable& grads, const double* weights, bool accumulate, int threads) {
+  const Partition partition(grads);
+  partition.for_each(threads, [&](int, const Chunk& chunk) {
+    const PresentRows present(grads, chunk);
+    double present_weights[kMaxTasks];
+    for (int i = 0; i < present.count; ++i) present_weights[i] = weights[present.index[i]];
+    void* const scratch = thread_buffer<Scratch>(sizeof(double) * partition.longest_chunk());
+    chosen->combine(grads.dtype[chunk.param], out.dtype[chunk.param], at(out, 0, chunk), present.rows,
+                    present_weights, present.count, std::size_t(chunk.size), accumulate, scratch);
+  });
+}
+
+const char* instruction_set() { return chosen->name; }
+
+bool use_instruction_set(const char* name) {
+  for (const ChunkKernels* k : kBestFirst)
+    if (!std::strcmp(k->name, name) && runs_here(*k)) {
+      chosen = k;
+      return true;
+    }
+  return false;
+}
+
+}  // namespace igb::cpu

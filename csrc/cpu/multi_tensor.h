@@ -1,0 +1,29 @@
+// The streaming operations over a whole table of tensors: chunks, threads, and sums in a fixed order.
+//
+// Sums are formed per chunk (in the accumulator's precision), per block of chunks and over blocks (in double).
+// Chunks and blocks depend on the sizes alone, so the result has the same bits for every number of threads.
+#pragma once
+#include "tensor_table.h"
+
+namespace igb::cpu {
+
+// gram: K×K, row-major, symmetric.
+void gram(const TensorTable& grads, double* gram, int threads);
+
+// norms: K sums of squares.
+void sq_norms(const TensorTable& grads, double* norms, int threads);
+
+// out = decay * state + (1 - decay) * grads and the K sums of squares of out, in one pass. out has no missing
+// entries; out and state hold accumulators of the grads' dtypes.
+void ema(const TensorTable& out, const TensorTable& state, const TensorTable& grads, double decay, double* norms,
+         int threads);
+
+// out (+)= sum_k weights[k] * grads[k]. out has one row and no missing entries.
+void combine(const TensorTable& out, const TensorTable& grads, const double* weights, bool accumulate, int threads);
+
+// "avx512", "avx2" or "portable": the best that this machine runs, unless chosen otherwise. Returns false, and
+// changes nothing, where the machine or the build lacks the instruction set.
+const char* instruction_set();
+bool use_instruction_set(const char* name);
+
+}  // namespace igb::cpu

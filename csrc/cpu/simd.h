@@ -1,0 +1,165 @@
+// Fixed-width vectors over GCC vector extensions. Included once per instruction set: the width follows from
+// the compile flags, and everything lives in an unnamed namespace so that no two of them are merged at link time.
+#pragma once
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+
+#if defined(__SSE2__)
+#include <immintrin.h>
+#endif
+
+#if defined(__AVX512F__)
+#define IGB_SIMD_BYTES 64
+#elif defined(__AVX2__)
+#define IGB_SIMD_BYTES 32
+#else
+#define IGB_SIMD_BYTES 16
+#endif
+
+namespace {
+
+using std::size_t;
+
+struct bf16 { std::uint16_t bits; };
+struct f16 { std::uint16_t bits; };
+
+template <class T> struct AccumulatorOf { using type = float; };
+template <> struct AccumulatorOf<double> { using type = double; };
+template <class T> using Accumulator = typename AccumulatorOf<T>::type;
+
+template <class A> struct Lanes;
+template <> struct Lanes<float> {
+  typedef float vec __attribute__((vector_size(IGB_SIMD_BYTES)));
+  typedef float unaligned __attribute__((vector_size(IGB_SIMD_BYTES), aligned(4), may_alias));
+};
+template <> struct Lanes<double> {
+  typedef double vec __attribute__((vector_size(IGB_SIMD_BYTES)));
+  typedef double unaligned __attribute__((vector_size(IGB_SIMD_BYTES), aligned(8), may_alias));
+};
+template <class A> using Vec = typename Lanes<A>::vec;
+template <class A> constexpr int kLanes = IGB_SIMD_BYTES / sizeof(A);
+
+// ---- one element -----------------------------------------------------------------------------------------
+
+inline float bits_to_float(std::uint32_t u) { float f; std::memcpy(&f, &u, 4); return f; }
+inline std::uint32_t float_to_bits(float f) { std::uint32_t u; std::memcpy(&u, &f, 4); return u; }
+
+inline float to_accumulator(float x) { return x; }
+inline double to_accumulator(double x) { return x; }
+inline float to_accumulator(bf16 x) { return bits_to_float(std::uint32_t(x.bits) << 16); }
+inline float to_accumulator(f16 x) {
+  const std::uint32_t sign = std::uint32_t(x.bits & 0x8000u) << 16, magnitude = x.bits & 0x7fffu;
+  if (magnitude >= 0x7c00u) return bits_to_float(sign | 0x7f800000u | ((magnitude & 0x3ffu) << 13));
+  // 2^112 moves the exponent from f16's bias to f32's, and normalises subnormals on the way.
+  return bits_to_float(sign | float_to_bits(bits_to_float(magnitude << 13) * 0x1p112f));
+}
+
+template <class T> T from_accumulator(Accumulator<T> x);
+template <> inline float from_accumulator<float>(float x) { return x; }
+template <> inline double from_accumulator<double>(double x) { return x; }
+template <> inline bf16 from_accumulator<bf16>(float x) {
+  const std::uint32_t u = float_to_bits(x);
+  if ((u & 0x7fffffffu) > 0x7f800000u) return {std::uint16_t((u >> 16) | 0x40u)};  // a NaN stays one
+  return {std::uint16_t((u + 0x7fffu + ((u >> 16) & 1u)) >> 16)};                  // nearest, ties to even
+}
+template <> inline f16 from_accumulator<f16>(float x) {
+  const std::uint32_t u = float_to_bits(x), sign = (u >> 16) & 0x8000u, magnitude = u & 0x7fffffffu;
+  if (magnitude > 0x7f800000u) return {std::uint16_t(sign | 0x7e00u)};
+  if (magnitude >= 0x477ff000u) return {std::uint16_t(sign | 0x7c00u)};            // rounds to 65536 or more
+  if (magnitude < 0x38800000u) {                                                   // f16 subnormal: 2^-24 steps
+    const float aligned = bits_to_float(magnitude) + 0.5f;                         // the addition does the rounding
+    return {std::uint16_t(sign | (float_to_bits(aligned) - 0x3f000000u))};
+  }
+  const std::uint32_t rounded = magnitude + 0xfffu + ((magnitude >> 13) & 1u);
+  return {std::uint16_t(sign | ((rounded - 0x38000000u) >> 13))};
+}
+
+// ---- one vector ------------------------------------------------------------------------------------------
+
+inline Vec<float> load(const float* p) { return *reinterpret_cast<const Lanes<float>::unaligned*>(p); }
+inline Vec<double> load(const double* p) { return *reinterpret_cast<const Lanes<double>::unaligned*>(p); }
+inline void store(float* p, Vec<float> v) { *reinterpret_cast<Lanes<float>::unaligned*>(p) = v; }
+inline void store(double* p, Vec<double> v) { *reinterpret_cast<Lanes<double>::unaligned*>(p) = v; }
+
+// Where the order of elements does not matter, 2·lanes of bf16 are read as one vector of their even and one of
+// their odd elements: one instruction each, where widening in order takes two.
+template <class T> constexpr int kParts = 1;
+template <> constexpr int kParts<bf16> = 2;
+
+template <int Part, class T> auto load_part(const T* p) { return load(p); }
+template <int Part> Vec<float> load_part(const bf16* p) {
+  typedef std::uint32_t bits __attribute__((vector_size(IGB_SIMD_BYTES), aligned(2), may_alias));
+  typedef std::uint32_t aligned_bits __attribute__((vector_size(IGB_SIMD_BYTES)));
+  const aligned_bits pair = *reinterpret_cast<const bits*>(p);
+  return Vec<float>(Part == 0 ? pair << 16 : pair & 0xffff0000u);
+}
+
+#if defined(__AVX512F__)
+inline Vec<float> load(const bf16* p) {
+  const __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+  return Vec<float>(_mm512_slli_epi32(wide, 16));
+}
+#elif defined(__AVX2__)
+inline Vec<float> load(const bf16* p) {
+  const __m256i wide = _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+  return Vec<float>(_mm256_slli_epi32(wide, 16));
+}
+#else
+inline Vec<float> load(const bf16* p) {
+  constexpr int n = kLanes<float>;
+  typedef std::uint16_t half_bits __attribute__((vector_size(2 * n), aligned(2), may_alias));
+  typedef std::uint32_t full_bits __attribute__((vector_size(4 * n)));
+  return Vec<float>(__builtin_convertvector(*reinterpret_cast<const half_bits*>(p), full_bits) << 16);
+}
+#endif
+inline void store(bf16* p, Vec<float> v) {
+  constexpr int n = kLanes<float>;
+  typedef std::uint16_t half_bits __attribute__((vector_size(2 * n), aligned(2), may_alias));
+  typedef std::uint32_t full_bits __attribute__((vector_size(4 * n)));
+  const full_bits u = full_bits(v);
+  const full_bits nearest = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16, quiet = (u >> 16) | 0x40u;
+  const full_bits is_nan = full_bits((u & 0x7fffffffu) > 0x7f800000u);
+  *reinterpret_cast<half_bits*>(p) = __builtin_convertvector((is_nan & quiet) | (~is_nan & nearest), half_bits);
+}
+
+#if defined(__AVX512F__)
+inline Vec<float> load(const f16* p) { return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))); }
+inline void store(f16* p, Vec<float> v) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+}
+#elif defined(__F16C__)
+inline Vec<float> load(const f16* p) { return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))); }
+inline void store(f16* p, Vec<float> v) {
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+}
+#else
+inline Vec<float> load(const f16* p) {
+  Vec<float> v;
+  for (int i = 0; i < kLanes<float>; ++i) v[i] = to_accumulator(p[i]);
+  return v;
+}
+inline void store(f16* p, Vec<float> v) {
+  for (int i = 0; i < kLanes<float>; ++i) p[i] = from_accumulator<f16>(v[i]);
+}
+#endif
+
+// The first `count` < lanes elements, zeros behind them.
+template <class T> Vec<Accumulator<T>> load_first(const T* p, size_t count) {
+  Vec<Accumulator<T>> v = {};
+  for (size_t i = 0; i < count; ++i) v[i] = to_accumulator(p[i]);
+  return v;
+}
+template <class T> void store_first(T* p, Vec<Accumulator<T>> v, size_t count) {
+  for (size_t i = 0; i < count; ++i) p[i] = from_accumulator<T>(v[i]);
+}
+
+template <class A> double sum_lanes(Vec<A> v) {
+  double s = 0;
+  for (int i = 0; i < kLanes<A>; ++i) s += double(v[i]);
+  return s;
+}
+
+template <class A> Vec<A> broadcast(A x) { return x - Vec<A>{}; }
+
+}  // namespace

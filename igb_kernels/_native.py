@@ -1,0 +1,21 @@
+"""Finds the compiled module, or says why it is absent and how to build it."""
+
+from __future__ import annotations
+
+from types import ModuleType
+
+import torch  # noqa: F401  (its OpenMP runtime must be loaded before ours is looked up: one thread pool, not two)
+
+module: ModuleType | None
+reason: str | None
+
+try:
+    from igb_kernels import _C
+
+    module, reason = _C, None
+except ImportError as error:
+    module = None
+    reason = (
+        f"the compiled module igb_kernels._C could not be imported ({error}); build it with "
+        "`pip install .` in a checkout, or `python setup.py build_ext --inplace` for development"
+    )

@@ -1,0 +1,65 @@
+"""Where the operations run: which backends there are, and which one a device gets."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+from importlib import import_module
+from types import ModuleType
+
+import torch
+
+from igb_kernels import _native
+from igb_kernels._log import warn_once
+
+NAMES = ("cpu", "reference")
+
+
+@dataclass(frozen=True)
+class Availability:
+    """Whether a backend can be used here, and the detail or the reason."""
+
+    available: bool
+    detail: str
+
+    def __bool__(self) -> bool:
+        return self.available
+
+    def __str__(self) -> str:
+        return f"{'available' if self.available else 'not available'}: {self.detail}"
+
+
+def backends() -> dict[str, Availability]:
+    """The backends by name, each with what it offers here or the reason why it cannot be used.
+
+    The mapping's values are true for a backend that can be used::
+
+        >>> for name, availability in igb_kernels.backends().items():
+        ...     print(name, availability)
+    """
+    if _native.module is not None:
+        sets = _native.module.instruction_set()
+        cpu = Availability(True, f"compiled kernels ({sets}) and solvers, {torch.get_num_threads()} threads")
+    else:
+        cpu = Availability(False, str(_native.reason))
+    return {"cpu": cpu, "reference": Availability(True, "plain PyTorch in float64, on any device")}
+
+
+@cache
+def resolve(name: str, device_type: str) -> ModuleType:
+    """The backend module for tensors on a device of this type; `name` may be "auto"."""
+    if name == "auto":
+        if device_type == "cpu" and _native.module is not None:
+            name = "cpu"
+        else:
+            why = _native.reason if device_type == "cpu" else f"there are no kernels for {device_type} tensors yet"
+            warn_once(f"using the slow reference backend on {device_type}: {why}")
+            name = "reference"
+    if name not in NAMES:
+        raise ValueError(f"backend must be one of {('auto', *NAMES)}, found {name!r}")
+    if name == "cpu":
+        if _native.module is None:
+            raise RuntimeError(f"backend='cpu' was asked for, but {_native.reason}")
+        if device_type != "cpu":
+            raise ValueError(f"backend='cpu' needs tensors on the CPU, found them on {device_type}")
+    return import_module(f"igb_kernels.backends.{name}")

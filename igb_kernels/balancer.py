@@ -1,0 +1,282 @@
+"""The balanced step: from K losses to `.grad`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from igb_kernels.capture import GradsSetAside, Losses, TaskLosses, joint_pass, leaves, take_grads, task_passes
+from igb_kernels.gradients import METHODS, Equal, GradientBalancer, Needs
+from igb_kernels.losses import RULES, LossBalancer
+from igb_kernels.ops import DTYPES
+from igb_kernels.result import BalanceResult
+from igb_kernels.store import AveragedGradients, AverageBanks, KeptGradients, RunningSum, TaskGradients
+
+HEADS = ("scaled", "weighted")
+
+
+class Balancer:
+    """Balances K task losses over shared parameters: use `backward` in place of `sum(losses).backward()`.
+
+    ::
+
+        balancer = igb_kernels.Balancer("igb_v1+db_mtl", shared=encoder.parameters())
+        for batch in loader:
+            optimizer.zero_grad()
+            result = balancer.backward(model.losses(batch))
+            optimizer.step()
+        balancer.end_epoch()
+
+    Args:
+        gradients: a gradient-balancing method, or names: "db_mtl", "igb_v1+db_mtl" (loss balancing + gradient
+            balancing), or a loss-balancing rule alone ("igb_v1": equal weights on its scaled losses).
+        losses: a loss-balancing rule or its name; by default the one that is part of the method (DB-MTL: log), else
+            none. "none" turns it off.
+        shared: the shared parameters: an iterable of leaf tensors that require grad, or a module.
+        heads: what task-specific parameters get. "scaled": the gradient of their own scaled loss s_k L_k, as the
+            papers do. "weighted": that of w_k s_k L_k, as the shared parameters do; needs `task_parameters`.
+        task_parameters: the task-specific parameters, for `heads="weighted"`; an iterable or a module.
+        backend: "auto", or a name from `igb_kernels.backends()`.
+
+    Raises:
+        ValueError, TypeError: naming the argument, the rule, and what was found.
+    """
+
+    def __init__(
+        self,
+        gradients: str | GradientBalancer | LossBalancer,
+        losses: str | LossBalancer | None = None,
+        *,
+        shared: Iterable[Tensor] | nn.Module,
+        heads: str = "scaled",
+        task_parameters: Iterable[Tensor] | nn.Module | None = None,
+        backend: str = "auto",
+    ) -> None:
+        self.gradients, self.losses = _methods(gradients, losses)
+        self.shared = _parameters("shared", shared)
+        if heads not in HEADS:
+            raise ValueError(f"heads must be one of {HEADS}, found {heads!r}")
+        if (heads == "weighted") != (task_parameters is not None):
+            given = "none were given" if task_parameters is None else f"heads is {heads!r}"
+            raise ValueError(f'task_parameters go with heads="weighted", and with it alone; {given}')
+        self.heads = heads
+        self.task_parameters = [] if task_parameters is None else _parameters("task_parameters", task_parameters)
+        if both := {id(p) for p in self.shared} & {id(p) for p in self.task_parameters}:
+            raise ValueError(f"shared and task_parameters must be disjoint, found {len(both)} tensors in both")
+        self.backend = backend
+        self._tasks: int | None = None
+        self._names: tuple[str, ...] | None = None
+        self._averages = AverageBanks()
+        self._head_leaves: list[Tensor] = []
+
+    def backward(self, losses: Losses, *, retain_graph: bool = False) -> BalanceResult:
+        """Computes the balanced gradients and adds them to `.grad`; replaces `sum(losses).backward()`.
+
+        Args:
+            losses: K scalar tensors in a list, or a dict by task name, or one 1-D tensor (best made by torch.stack).
+            retain_graph: keep the graph for further backward passes, as in `torch.Tensor.backward`.
+
+        Returns:
+            What was done, as tensors on the losses' device; nothing is synchronised.
+
+        Raises:
+            ValueError, TypeError: for losses that cannot be balanced. Whatever raises, `.grad` of the shared
+                parameters (and of the heads that the first step reached) and the balancer's state stay as they were.
+        """
+        tasks = TaskLosses(losses, self._names)
+        before = self.state_dict() if self._tasks is None else None
+        try:
+            self._start(tasks)
+            return self._step(tasks, retain_graph)
+        except BaseException:
+            if before is not None:
+                self.load_state_dict(before)
+            raise
+
+    def _start(self, tasks: TaskLosses) -> None:
+        if self._tasks is None:
+            self._tasks, self._names = len(tasks), tasks.names
+            self.losses.start(len(tasks), tasks.values.device)
+            self.gradients.start(len(tasks), self.shared[0].device)
+            if self.heads == "scaled":
+                shared = {id(p) for p in self.shared}
+                self._head_leaves = [p for p in leaves(tasks) if isinstance(p, nn.Parameter) and id(p) not in shared]
+        elif len(tasks) != self._tasks:
+            raise ValueError(f"losses must hold {self._tasks} tasks as in earlier steps, found {len(tasks)}")
+
+    def _step(self, tasks: TaskLosses, retain_graph: bool) -> BalanceResult:
+        scales, loss_status = self.losses.scales(tasks.values, self.backend)
+        with GradsSetAside(self.shared) as shared, GradsSetAside(self.task_parameters or self._head_leaves) as heads:
+            needs = self.gradients.needs()
+            if needs is Needs.NOTHING:
+                joint_pass(tasks, scales, retain_graph)
+                shared.add_back()
+                weights, status, measured = torch.ones_like(scales, dtype=torch.float64), loss_status, None
+            elif needs is Needs.HELD and self.heads == "weighted":
+                weights, status, measured = self._held_pass(tasks, scales, retain_graph, shared, heads)
+            else:
+                weights, status, measured = self._task_passes(tasks, scales, retain_graph, shared, heads)
+            if self.heads == "scaled":
+                heads.add_back()
+        status = status | loss_status
+        self.losses.commit(tasks.values, status)
+        self.gradients.commit()
+        return BalanceResult(tasks.names, tasks.values, scales, weights, status, measured)
+
+    def _task_passes(
+        self, tasks: TaskLosses, scales: Tensor, retain_graph: bool, shared: GradsSetAside, heads: GradsSetAside
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """One pass for each task; weights from what they show; their weighted sum into `.grad`."""
+        rows, head_rows = self._rows(), KeptGradients(self.task_parameters, self.backend)
+        for grads in task_passes(tasks, scales, self.shared, retain_graph):
+            rows.add(grads)
+            if self.task_parameters:
+                head_rows.add(take_grads(self.task_parameters))
+        uses_gram = self.gradients.needs() in (Needs.GRAM, Needs.HELD)
+        measured = rows.gram() if uses_gram else rows.sq_norms()
+        weights, status = self.gradients.solve(measured, tasks.values, scales, self.backend)
+        rows.write(weights, shared.previous)
+        if self.task_parameters:
+            head_rows.write(weights, heads.previous)
+        rows.commit(status)
+        return weights, status, measured
+
+    def _held_pass(
+        self, tasks: TaskLosses, scales: Tensor, retain_graph: bool, shared: GradsSetAside, heads: GradsSetAside
+    ) -> tuple[Tensor, Tensor, None]:
+        """One pass for all tasks, with weights that were known before it."""
+        weights = self.gradients.held_weights()
+        joint_pass(tasks, scales * weights.to(scales.dtype), retain_graph)
+        rows, head_rows = (KeptGradients(params, self.backend) for params in (self.shared, self.task_parameters))
+        rows.add(take_grads(self.shared))
+        head_rows.add(take_grads(self.task_parameters))
+        factor, status = self.gradients.solve_held(rows.sq_norms(), self.backend)
+        rows.write(factor, shared.previous)
+        head_rows.write(factor, heads.previous)
+        return weights * factor, status, None
+
+    def _rows(self) -> TaskGradients:
+        decay = self.gradients.ema_decay()
+        if decay is not None:
+            return AveragedGradients(self.shared, self.backend, self._averages, decay)
+        if self.gradients.needs() is Needs.RUNNING_NORMS:
+            method = self.gradients
+            return RunningSum(self.shared, self.backend, method.running_weight, method.running_factor)
+        return KeptGradients(self.shared, self.backend)
+
+    def end_epoch(self) -> None:
+        """Tells what counts epochs that one has ended (IGBv1 measures its base losses over one)."""
+        self.losses.end_epoch()
+
+    def parameters(self) -> list[nn.Parameter]:
+        """The balancer's own learned parameters (IMTL-L's log scales), for an optimizer."""
+        return self.losses.parameters()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that influences the next step: plain containers, numbers and tensors (not copies)."""
+        return {
+            "tasks": self._tasks,
+            "names": self._names,
+            "method": [self.losses.name, self.gradients.name],
+            "losses": self.losses.state_dict(),
+            "gradients": self.gradients.state_dict(),
+            "averages": [list(row) for row in self._averages.current],
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restores `state_dict`'s result; the next step then has the same bits as after the step that was saved.
+
+        Raises:
+            ValueError: where the state is of other methods, or of other shared parameters. Nothing is changed then.
+        """
+        if list(state["method"]) != [self.losses.name, self.gradients.name]:
+            raise ValueError(
+                f"the state is of {'+'.join(state['method'])}, this balancer is {self.losses.name}+{self.gradients.name}"
+            )
+        for row in state["averages"]:
+            shapes = [None if average is None else tuple(average.shape) for average in row]
+            if len(row) != len(self.shared) or any(
+                shape not in (None, tuple(p.shape)) for shape, p in zip(shapes, self.shared, strict=True)
+            ):
+                raise ValueError(f"the state's moving averages do not fit the shared parameters: shapes {shapes}")
+        self._tasks = state["tasks"]
+        self._names = None if state["names"] is None else tuple(state["names"])
+        self.losses.load_state_dict(state["losses"])
+        self.gradients.load_state_dict(state["gradients"])
+        self._averages = AverageBanks(
+            [
+                [None if a is None else a.to(p.device) for a, p in zip(row, self.shared, strict=True)]
+                for row in state["averages"]
+            ]
+        )
+
+    def __repr__(self) -> str:
+        return (
+            f"Balancer({self.gradients!r}, losses={self.losses!r}, shared={len(self.shared)} tensors, "
+            f"heads={self.heads!r}, backend={self.backend!r})"
+        )
+
+
+def _methods(
+    gradients: str | GradientBalancer | LossBalancer, losses: str | LossBalancer | None
+) -> tuple[GradientBalancer, LossBalancer]:
+    if isinstance(gradients, str):
+        parts = gradients.split("+")
+        if len(parts) > 2 or (len(parts) == 2 and losses is not None):
+            raise ValueError(f'gradients must name "method" or "rule+method" (then losses stays None), found {gradients!r}')
+        if len(parts) == 2:
+            losses = parts[0]
+        gradients = _rule(parts[0]) if parts[-1] in RULES and len(parts) == 1 else _method(parts[-1])
+    if isinstance(gradients, LossBalancer):
+        if losses is not None:
+            raise ValueError(f"losses must stay None where gradients is a loss-balancing rule, found {losses!r}")
+        return Equal(), gradients
+    if not isinstance(gradients, GradientBalancer):
+        raise TypeError(f"gradients must be a method or its name, found {type(gradients).__name__}")
+    if losses is None:
+        losses = gradients.default_losses()
+    elif isinstance(losses, str):
+        losses = _rule(losses)
+    if not isinstance(losses, LossBalancer):
+        raise TypeError(f"losses must be a loss-balancing rule or its name, found {type(losses).__name__}")
+    return gradients, losses
+
+
+def _method(name: str) -> GradientBalancer:
+    if name not in METHODS:
+        raise ValueError(f"gradient balancing must be one of {sorted(METHODS)}, found {name!r}")
+    return METHODS[name]()
+
+
+def _rule(name: str) -> LossBalancer:
+    if name not in RULES:
+        raise ValueError(f"loss balancing must be one of {sorted(RULES)}, found {name!r}")
+    if name == "imtl_l":
+        raise ValueError("imtl_l has a parameter for each task: pass losses=IMTLL(num_tasks=...) instead of its name")
+    return RULES[name]()
+
+
+def _parameters(argument: str, given: Iterable[Tensor] | nn.Module) -> list[Tensor]:
+    """The tensors to balance, checked."""
+    params = list(given.parameters() if isinstance(given, nn.Module) else given)
+    if not params:
+        raise ValueError(f"{argument} must hold at least one parameter, found none (was a generator used up?)")
+    first: dict[int, int] = {}
+    for i, p in enumerate(params):
+        if not isinstance(p, Tensor):
+            raise TypeError(f"{argument}[{i}] must be a tensor, found {type(p).__name__}")
+        if not p.is_leaf:
+            raise ValueError(f"{argument}[{i}] must be a leaf tensor, found the result of {p.grad_fn}")
+        if not p.requires_grad:
+            raise ValueError(f"{argument}[{i}], of shape {tuple(p.shape)}, must require grad")
+        if p.dtype not in DTYPES:
+            raise TypeError(f"{argument}[{i}] must have one of the dtypes {DTYPES}, found {p.dtype}")
+        if p.device != params[0].device:
+            raise ValueError(f"{argument}[{i}] must be on {params[0].device} like {argument}[0], found {p.device}")
+        if id(p) in first:
+            raise ValueError(f"{argument}[{i}] is the same tensor as {argument}[{first[id(p)]}]")
+        first[id(p)] = i
+    return params

@@ -1,0 +1,172 @@
+"""How K task gradients are obtained: the losses are read, and each runs its own backward pass.
+
+A loss scale is the seed of its pass, so that scaling costs nothing. `p.grad` is taken after each pass: autograd hands
+its buffer over without a copy, and it is right also for tied weights and parameters that a pass does not reach.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from types import TracebackType
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import GradientEdge
+
+from igb_kernels._log import warn_once
+
+Losses = Sequence[Tensor] | Mapping[str, Tensor] | Tensor
+
+
+class TaskLosses:
+    """K losses: their names, values, and the graph nodes from which their backward passes start."""
+
+    def __init__(self, losses: Losses, names: tuple[str, ...] | None) -> None:
+        """Reads and checks `losses`; `names` are those of earlier steps, if there were any."""
+        self.names: tuple[str, ...] | None = None
+        if isinstance(losses, Mapping):
+            self.names = tuple(losses) if names is None else names
+            if set(self.names) != set(losses):
+                raise ValueError(f"losses must have the tasks {list(self.names)} of earlier steps, found {list(losses)}")
+            losses = [losses[name] for name in self.names]
+        self._whole: Tensor | None = None
+        if isinstance(losses, Tensor):
+            self._read_vector(losses)
+        else:
+            self._read_scalars(losses)
+
+    def _read_scalars(self, losses: Iterable[Tensor]) -> None:
+        scalars = list(losses)
+        if not scalars:
+            raise ValueError("losses must hold at least one loss, found none")
+        for k, loss in enumerate(scalars):
+            if not isinstance(loss, Tensor):
+                raise TypeError(f"{self._label(k)} must be a tensor, found {type(loss).__name__}")
+            if loss.numel() != 1:
+                raise ValueError(f"{self._label(k)} must be a scalar, found shape {tuple(loss.shape)}")
+            if not loss.requires_grad:
+                raise ValueError(f"{self._label(k)} must require grad: it does not depend on any parameter")
+            if not loss.dtype.is_floating_point:
+                raise TypeError(f"{self._label(k)} must have a floating dtype, found {loss.dtype}")
+        self.roots: list[Tensor | GradientEdge] = list(scalars)
+        self._seed_like = scalars
+        dtype, device = scalars[0].dtype, scalars[0].device
+        for k, loss in enumerate(scalars):
+            if loss.device != device:
+                raise ValueError(f"{self._label(k)} must be on {device} like the others, found {loss.device}")
+            dtype = torch.promote_types(dtype, loss.dtype)
+        with torch.no_grad():
+            self.values = torch.stack([loss.detach().reshape(()).to(dtype) for loss in scalars])
+
+    def _read_vector(self, losses: Tensor) -> None:
+        if losses.dim() != 1 or len(losses) == 0:
+            raise ValueError(f"losses must be a 1-D tensor of at least one loss, found shape {tuple(losses.shape)}")
+        if not losses.requires_grad or losses.grad_fn is None:
+            raise ValueError("losses must require grad: they do not depend on any parameter")
+        self.values = losses.detach()
+        node = losses.grad_fn
+        edges = node.next_functions if node.name() == "StackBackward0" else ()
+        if len(edges) == len(losses) and all(function is not None for function, _ in edges):
+            # Each stacked scalar starts its own pass; through the stack node, every pass would run all K heads.
+            self.roots = [GradientEdge(function, output) for function, output in edges]
+        else:
+            warn_once(
+                "losses came as one tensor that torch.stack did not make: every backward pass runs all tasks' heads. "
+                "A list of scalar losses avoids that"
+            )
+            self.roots, self._whole = [losses] * len(losses), losses
+        self._seed_like = [self.values[k] for k in range(len(losses))]
+
+    def _label(self, k: int) -> str:
+        return f"losses[{k}]" if self.names is None else f"losses[{self.names[k]!r}]"
+
+    def __len__(self) -> int:
+        return len(self.roots)
+
+    def seeds(self, scales: Tensor) -> list[Tensor]:
+        """The seed of each pass from the loss scales [K]."""
+        if self._whole is not None:
+            return list(torch.diag(scales).unbind())
+        return [
+            s if s.dtype is like.dtype and like.dim() == 0 else s.to(like.dtype).reshape(like.shape)
+            for s, like in zip(scales.unbind(), self._seed_like, strict=True)
+        ]
+
+
+def task_passes(
+    losses: TaskLosses, scales: Tensor, params: Sequence[Tensor], retain_graph: bool
+) -> Iterator[list[Tensor | None]]:
+    """Runs the K backward passes and yields after each the gradients of `params`, taken from them."""
+    last = len(losses) - 1
+    for k, (root, seed) in enumerate(zip(losses.roots, losses.seeds(scales), strict=True)):
+        torch.autograd.backward(root, seed, retain_graph=retain_graph or k < last)
+        yield take_grads(params)
+
+
+def joint_pass(losses: TaskLosses, scales: Tensor, retain_graph: bool) -> None:
+    """One backward pass of Σ_k scales_k L_k; gradients stay where autograd puts them."""
+    if losses._whole is not None:
+        torch.autograd.backward(losses._whole, scales, retain_graph=retain_graph)
+    else:
+        torch.autograd.backward(losses.roots, losses.seeds(scales), retain_graph=retain_graph)
+
+
+def take_grads(params: Sequence[Tensor]) -> list[Tensor | None]:
+    """The parameters' gradients, which they lose."""
+    grads = []
+    for k, p in enumerate(params):
+        grad = p.grad
+        if grad is not None:
+            if grad.layout is not torch.strided:
+                raise ValueError(
+                    f"the gradient of shared parameter {k}, of shape {tuple(p.shape)}, is sparse ({grad.layout}): "
+                    "sparse gradients are not supported yet; use sparse=False in its embedding"
+                )
+            p.grad = None
+        grads.append(grad)
+    return grads
+
+
+def leaves(losses: TaskLosses) -> list[Tensor]:
+    """The leaf tensors that the losses' graphs accumulate gradients into."""
+    seen, found = set(), []
+    stack = [root.node if isinstance(root, GradientEdge) else root.grad_fn for root in losses.roots]
+    while stack:
+        node = stack.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if (variable := getattr(node, "variable", None)) is not None:
+            found.append(variable)
+        stack.extend(function for function, _ in node.next_functions)
+    return found
+
+
+class GradsSetAside:
+    """Within the context, `.grad` of the parameters starts as None; what it was is in `previous`, and comes back if
+    the body raises."""
+
+    def __init__(self, params: Sequence[Tensor]) -> None:
+        self._params = params
+
+    def __enter__(self) -> GradsSetAside:
+        self.previous = [p.grad for p in self._params]
+        for p, grad in zip(self._params, self.previous, strict=True):
+            if grad is not None:
+                p.grad = None
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if kind is not None:
+            for p, grad in zip(self._params, self.previous, strict=True):
+                p.grad = grad
+
+    def add_back(self) -> None:
+        """Adds the new gradients to those set aside, in place, as autograd would."""
+        for p, previous in zip(self._params, self.previous, strict=True):
+            if previous is not None:
+                if p.grad is not None:
+                    previous.add_(p.grad)
+                p.grad = previous

@@ -1,0 +1,115 @@
+"""What a gradient-balancing method is."""
+
+from __future__ import annotations
+
+import enum
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from igb_kernels import ops
+from igb_kernels.losses import LossBalancer, Unscaled
+
+
+class Needs(enum.Enum):
+    """What a step must know of the tasks' gradients, cheapest first."""
+
+    NOTHING = "nothing"
+    """All weights are 1: one backward pass serves all tasks."""
+    HELD = "held"
+    """The weights are those of an earlier step, `held_weights`: one pass does where heads are weighted, too."""
+    RUNNING_NORMS = "running norms"
+    """w_k = c · f(‖g_k‖): each gradient is added to the update when it comes, and forgotten."""
+    NORMS = "norms"
+    GRAM = "gram"
+
+
+class GradientBalancer:
+    """Turns what is known of K gradients into K weights; the update of the shared parameters is Σ_k w_k g_k.
+
+    A method is its name in `ops.solve`, options and state. It never sees parameters or gradients.
+    """
+
+    name: ClassVar[str]
+
+    def __init__(self) -> None:
+        self.state: Tensor | None = None
+        self._next_state: Tensor | None = None
+
+    def options(self) -> dict[str, float]:
+        """The method's options for `ops.solve`."""
+        return {}
+
+    def needs(self) -> Needs:
+        """What the next step needs."""
+        return Needs.GRAM
+
+    def default_losses(self) -> LossBalancer:
+        """The loss balancing that is part of the method, used when the user names none."""
+        return Unscaled()
+
+    def ema_decay(self) -> Tensor | None:
+        """The decay of the moving averages that take the gradients' place in the next step, or None."""
+        return None
+
+    def start(self, tasks: int, device: torch.device) -> None:
+        """Called before the first step with the number of tasks and the gradients' device."""
+        if self.state is None:
+            self.state = ops.SOLVERS[self.name].new_state(tasks, device, **self.options())
+
+    def solve(
+        self, gram: Tensor, losses: Tensor | None = None, scales: Tensor | None = None, backend: str = "auto"
+    ) -> tuple[Tensor, Tensor]:
+        """Weights and status of this step. `commit` then advances the state, unless the step is not finite.
+
+        Args:
+            gram: of the scaled gradients, [K, K]; or their squared norms [K].
+            losses: raw losses [K], for methods that use them.
+            scales: loss scales [K].
+
+        Returns:
+            weights [K], float64, and status, int32 [].
+        """
+        return self._solve(gram, None, backend)
+
+    def _solve(self, gram: Tensor, losses: Tensor | None, backend: str) -> tuple[Tensor, Tensor]:
+        self._next_state = None if self.state is None else self.state.clone()
+        return ops.solve(self.name, gram, losses, state=self._next_state, backend=backend, **self.options())
+
+    def running_weight(self, sq_norm: Tensor) -> Tensor:
+        """f(‖g_k‖) of `Needs.RUNNING_NORMS`, [1], from the squared norm [1]."""
+        raise NotImplementedError(f"{self.name} does not need RUNNING_NORMS")
+
+    def running_factor(self, sq_norms: Tensor) -> Tensor:
+        """c of `Needs.RUNNING_NORMS`, [1], from all squared norms [K]; NaN if one is not finite."""
+        raise NotImplementedError(f"{self.name} does not need RUNNING_NORMS")
+
+    def held_weights(self) -> Tensor:
+        """The weights [K] of a step that needs `Needs.HELD`."""
+        raise NotImplementedError(f"{self.name} does not need HELD")
+
+    def solve_held(self, sq_norm: Tensor, backend: str = "auto") -> tuple[Tensor, Tensor]:
+        """Factor [1] and status for Σ_k held_weights_k g_k, from its squared norm [1]."""
+        raise NotImplementedError(f"{self.name} does not need HELD")
+
+    def commit(self) -> None:
+        """Makes the state that `solve` left the current one."""
+        self.state = self._next_state
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"state": self.state}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.state = state["state"]
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({', '.join(f'{k}={v:g}' for k, v in self.options().items())})"
+
+
+def check_number(name: str, value: float, low: float, high: float = float("inf")) -> float:
+    """`value` as a float, which must lie in [low, high] (half open at an infinite end)."""
+    if not low <= value <= high or value == float("inf"):
+        rule = f"at least {low:g}" if high == float("inf") else f"{low:g} to {high:g}"
+        raise ValueError(f"{name} must be a finite number, {rule}; found {value!r}")
+    return float(value)

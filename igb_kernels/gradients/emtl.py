@@ -1,0 +1,87 @@
+"""EMTL: equitable multi-task learning (our formulation)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from igb_kernels import ops
+from igb_kernels.gradients._reference import measure
+from igb_kernels.gradients.base import GradientBalancer, Needs, check_number
+from igb_kernels.status import Status
+
+SCALES = ("mean", "max", "none")
+
+
+class EMTL(GradientBalancer):
+    """Evens out the tasks' relative contributions r_k = L_k / ‖g_k‖ (raw loss over raw gradient norm).
+
+    w_k = m (1 + lam (ρ_k − 1)) / ‖g_k‖ with ρ_k = r_k / mean_j r_j: the gradient of mean(r) + (lam/2) Var(r) / mean(r)
+    with the norms frozen. After Yuan & Zhang 2023, arXiv:2306.09373, who regularise the variance of r; their algorithm
+    is not published, and this formulation is ours.
+
+    The direction does not change when a loss is multiplied by a constant. A task whose loss cannot reach 0 has r → ∞
+    at its optimum and, with lam > 0, takes over the update: give `lower`, or use lam = 0, when losses end far from 0.
+
+    Args:
+        lam: strength of the variance term; 0 is plain gradient normalisation, up to 1 no weight is negative, above
+            that negative weights are cut to 0.
+        scale: m, the length given to each gradient before the variance term: "mean" or "max" of the norms, or "none" (1).
+        lower: a number or K numbers: the losses' lowest reachable values, subtracted first.
+    """
+
+    name = "emtl"
+
+    def __init__(self, lam: float = 0.5, *, scale: str = "mean", lower: float | Sequence[float] | Tensor = 0.0) -> None:
+        super().__init__()
+        self.lam = check_number("lam", lam, 0)
+        if scale not in SCALES:
+            raise ValueError(f"scale must be one of {SCALES}, found {scale!r}")
+        self.scale = scale
+        self.lower = torch.as_tensor(lower, dtype=torch.float64)
+        if self.lower.dim() > 1 or not bool(self.lower.isfinite().all()):
+            raise ValueError(f"lower must be a finite number or one for each task, found {lower!r}")
+
+    def options(self) -> dict[str, float]:
+        return {"lam": self.lam, "scale": float(SCALES.index(self.scale))}
+
+    def needs(self) -> Needs:
+        return Needs.NORMS
+
+    def start(self, tasks: int, device: torch.device) -> None:
+        super().start(tasks, device)
+        if self.lower.dim() == 1 and len(self.lower) != tasks:
+            raise ValueError(f"lower must be one number or {tasks}, one for each task; found {len(self.lower)}")
+        self.lower = self.lower.to(device)
+
+    def solve(
+        self, gram: Tensor, losses: Tensor | None = None, scales: Tensor | None = None, backend: str = "auto"
+    ) -> tuple[Tensor, Tensor]:
+        if losses is None:
+            raise ValueError("EMTL needs the losses, found None")
+        # The norms are of scaled gradients; the same scale on the losses makes r_k the raw ratio.
+        excess = (losses.double() - self.lower).clamp_min(0)
+        if scales is not None:
+            excess = excess * scales
+        return self._solve(gram, excess, backend)
+
+
+@ops.register_solver("emtl", options={"lam": 0.5, "scale": 0.0}, needs_losses=True)
+def _reference(
+    gram: Tensor, losses: Tensor | None, options: Sequence[float], state: Tensor | None
+) -> tuple[Tensor, Status]:
+    lam, scale = options
+    assert losses is not None  # checked by the op
+    tasks = measure(gram)
+    if not tasks.any:
+        return torch.ones_like(tasks.norms), tasks.status
+    norms = tasks.norms[tasks.active]
+    ratio = losses[tasks.active] / norms
+    mean = ratio.mean()
+    rho = ratio / mean if mean > 0 else torch.ones_like(ratio)
+    length = (norms.mean(), norms.max(), torch.ones(()))[int(scale)]
+    shares = (1 + lam * (rho - 1)).clamp_min(0)
+    shares = shares * len(norms) / shares.sum()  # Σ w n = A m also where a share was cut
+    return tasks.spread(length * shares / norms), tasks.status

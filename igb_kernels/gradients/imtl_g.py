@@ -1,0 +1,57 @@
+"""IMTL-G: impartial gradient balancing."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from igb_kernels import ops
+from igb_kernels.gradients._reference import measure, unit_diagonal
+from igb_kernels.gradients.base import GradientBalancer
+from igb_kernels.status import Status
+
+
+class IMTLG(GradientBalancer):
+    """Weights with sum 1 that give the update equal projections on all task gradients (Liu et al., ICLR 2021,
+    equation 6): v = D⁻¹ C⁻¹ 1 with norms D and cosines C, w = v / Σv.
+
+    With three tasks or more Σv can be negative; the update then ascends every task, and the status says NEGATIVE_SUM.
+
+    Args:
+        descent_safe: divide by |Σv| instead, so that the update always descends every task.
+    """
+
+    name = "imtl_g"
+
+    def __init__(self, *, descent_safe: bool = False) -> None:
+        super().__init__()
+        self.descent_safe = bool(descent_safe)
+
+    def options(self) -> dict[str, float]:
+        return {"descent_safe": float(self.descent_safe)}
+
+
+@ops.register_solver("imtl_g", options={"descent_safe": 0.0}, needs_gram=True)
+def _reference(
+    gram: Tensor, losses: Tensor | None, options: Sequence[float], state: Tensor | None
+) -> tuple[Tensor, Status]:
+    (descent_safe,) = options
+    tasks = measure(gram)
+    status = tasks.status
+    if not tasks.any:
+        return torch.full_like(tasks.norms, 1 / len(tasks.norms)), status
+    cosines = unit_diagonal(gram, tasks)
+    one = torch.ones(len(cosines), dtype=torch.float64)
+    tiny = 16 * len(one) * torch.finfo(torch.float64).eps
+    if float(torch.linalg.eigvalsh(cosines)[0]) <= tiny:
+        cosines = cosines + max(1e-12, tiny) * torch.eye(len(one), dtype=torch.float64)
+        status |= Status.PARETO_STATIONARY
+    v = torch.linalg.solve(cosines, one) / tasks.norms[tasks.active]
+    total = v.sum()
+    if total.abs() < 1e-12 * v.abs().sum():
+        return torch.zeros_like(tasks.norms), status | Status.PARETO_STATIONARY
+    if total < 0:
+        status |= Status.NEGATIVE_SUM
+    return tasks.spread(v / (total.abs() if descent_safe else total)), status

@@ -1,0 +1,135 @@
+"""Nash-MTL: the bargaining solution."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from igb_kernels import ops
+from igb_kernels.gradients._reference import measure, unit_diagonal
+from igb_kernels.gradients.base import GradientBalancer, Needs, check_number
+from igb_kernels.status import Status
+
+
+class NashMTL(GradientBalancer):
+    """The α > 0 with G α = 1 / α (Navon et al., ICML 2022, equation 3), the minimiser of ½ αᵀGα − Σ log α.
+
+    It is unique and found exactly by Newton's method, also where the originals' convex-concave procedure with ECOS
+    fails. The update has norm √K before clipping and does not change when a loss is multiplied by a constant; any
+    positive loss scale in front is therefore without effect on the shared parameters.
+
+    Args:
+        max_norm: the update's norm is clipped to this; 0: no clipping. Below √K it always clips.
+        update_every: α is computed at every n-th step and kept in between. With `heads="weighted"` the steps in
+            between take one backward pass for all tasks.
+    """
+
+    name = "nash_mtl"
+
+    def __init__(self, max_norm: float = 1.0, update_every: int = 1) -> None:
+        super().__init__()
+        self.max_norm = check_number("max_norm", max_norm, 0)
+        if not isinstance(update_every, int) or update_every < 1:
+            raise ValueError(f"update_every must be an integer of at least 1, found {update_every!r}")
+        self.update_every = update_every
+        self._steps = 0
+
+    @property
+    def _holds(self) -> bool:
+        return self._steps % self.update_every != 0
+
+    def options(self) -> dict[str, float]:
+        return {"max_norm": self.max_norm, "hold": float(self._holds)}
+
+    def needs(self) -> Needs:
+        return Needs.HELD if self._holds else Needs.GRAM
+
+    def held_weights(self) -> Tensor:
+        assert self.state is not None, "start() comes first"
+        return self.state
+
+    def solve_held(self, sq_norm: Tensor, backend: str = "auto") -> tuple[Tensor, Tensor]:
+        self._next_state = self.state
+        # To clip one gradient is to bargain with a single task whose weight is held at 1.
+        one = torch.ones_like(sq_norm)
+        return ops.solve(self.name, sq_norm.reshape(1, 1), state=one, backend=backend, max_norm=self.max_norm, hold=1)
+
+    def commit(self) -> None:
+        super().commit()
+        self._steps += 1
+
+    def state_dict(self) -> dict[str, Any]:
+        return {**super().state_dict(), "steps": self._steps}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        super().load_state_dict(state)
+        self._steps = state["steps"]
+
+    def __repr__(self) -> str:
+        return f"NashMTL(max_norm={self.max_norm:g}, update_every={self.update_every})"
+
+
+RIDGES = (0.0, 1e-10, 1e-6)
+"""Tried in turn: without one, a nonnegative combination of gradients that vanishes has no finite solution."""
+
+
+def _newton(cosines: Tensor, steps: int = 200) -> tuple[Tensor, float]:
+    """min ½ xᵀCx − Σ log x by damped Newton; x and the residual max |x (Cx) − 1|."""
+
+    def objective(x: Tensor) -> float:
+        return float(x @ cosines @ x / 2 - x.log().sum())
+
+    k = len(cosines)
+    x = torch.ones(k, dtype=torch.float64) * (k / max(float(cosines.sum()), 0.1)) ** 0.5
+    best, residual = x, float("inf")
+    for _ in range(steps):
+        gradient = cosines @ x - 1 / x
+        now = float((x * gradient).abs().max())
+        if now < residual:
+            best, residual = x, now
+        elif residual < 1e-9:
+            break
+        direction = torch.linalg.solve(cosines + torch.diag(x**-2), -gradient)
+        shrinking = direction < 0
+        to_border = float((-x[shrinking] / direction[shrinking]).min()) if bool(shrinking.any()) else float("inf")
+        length = min(1.0, 0.95 * to_border)
+        slope = float(gradient @ direction)
+        while now > 0.1 and length > 1e-12 and objective(x + length * direction) > objective(x) + 1e-4 * length * slope:
+            length /= 2
+        x = x + length * direction
+    return best, residual
+
+
+@ops.register_solver(
+    "nash_mtl",
+    options={"max_norm": 1.0, "hold": 0.0},
+    needs_gram=True,
+    initial_state=lambda tasks, options: [1.0] * tasks,
+)
+def _reference(
+    gram: Tensor, losses: Tensor | None, options: Sequence[float], state: Tensor | None
+) -> tuple[Tensor, Status]:
+    max_norm, hold = options
+    assert state is not None  # checked by the op
+    tasks = measure(gram)
+    status = tasks.status
+    if not tasks.any:
+        return torch.ones_like(tasks.norms), status
+    if not hold:
+        cosines = unit_diagonal(gram, tasks)
+        eye = torch.eye(len(cosines), dtype=torch.float64)
+        for ridge in RIDGES:
+            x, residual = _newton(cosines + ridge * eye)
+            if residual < 1e-6 and float(x.max()) < 1e9:
+                break
+        if ridge > 0:
+            status |= Status.PARETO_STATIONARY
+        if residual > 1e-6:
+            status |= Status.ITERATION_CAP
+        state.copy_(tasks.spread(x / tasks.norms[tasks.active]))
+    weights = torch.where(tasks.active, state, 0.0)
+    norm = float((weights @ gram @ weights).clamp_min(0).sqrt())
+    return (weights * (max_norm / norm) if 0 < max_norm < norm else weights), status

@@ -1,0 +1,54 @@
+"""What a loss-balancing rule is."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from igb_kernels import ops
+
+
+class LossBalancer:
+    """Turns K losses into K scales s_k = dφ_k/dL_k, the seeds of the tasks' backward passes.
+
+    A rule is its name in `ops.loss_scales`, options, values per task, and what it remembers between steps. It never
+    sees parameters or gradients.
+    """
+
+    name: ClassVar[str]
+
+    def start(self, tasks: int, device: torch.device) -> None:
+        """Called at the first step with the number of tasks and the losses' device."""
+
+    def options(self) -> dict[str, float]:
+        """The rule's options for `ops.loss_scales`."""
+        return {}
+
+    def per_task(self) -> Tensor | None:
+        """The rule's values per task [K], or None."""
+        return None
+
+    def scales(self, losses: Tensor, backend: str = "auto") -> tuple[Tensor, Tensor]:
+        """Scales [K] in the losses' dtype and the status, int32 []. Changes no state."""
+        return ops.loss_scales(self.name, losses, self.per_task(), backend=backend, **self.options())
+
+    def commit(self, losses: Tensor, status: Tensor) -> None:
+        """Takes a finished step's losses [K] into account, unless its status says NON_FINITE."""
+
+    def end_epoch(self) -> None:
+        """Called by `Balancer.end_epoch`."""
+
+    def parameters(self) -> list[torch.nn.Parameter]:
+        """The rule's learned parameters, for an optimizer."""
+        return []
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        pass
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}()"

@@ -1,0 +1,120 @@
+"""Improvable gap balancing, version 1."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from igb_kernels import ops
+from igb_kernels.losses.base import LossBalancer
+from igb_kernels.losses.log import TINY, nan_where_negative
+from igb_kernels.status import Status
+
+
+class IGBv1(LossBalancer):
+    """Weights log losses by how far each task still is from its base loss.
+
+    s_k = W_k / L_k with W = K · softmax(L / L_base) (Dai et al. 2023, arXiv:2307.15429, section 4.1). Until the base
+    losses are known, W = 1.
+
+    The base losses are the mean training losses of one epoch, told by `Balancer.end_epoch`; or of the first `steps`
+    steps; or given. Steps with a non-finite loss or gradient do not count.
+
+    Gradient-balancing methods that ignore the length of each row (DB-MTL, IMTL-G, EMTL, Nash-MTL) keep their
+    direction on the shared parameters under any loss scale; there, W acts on the task-specific parameters.
+
+    Args:
+        base_epoch: the epoch (from 0) whose mean losses are the base; the paper's and IGB4MTL's is the second.
+        steps: use the mean over the first `steps` steps instead.
+        base_losses: use these K positive numbers instead.
+    """
+
+    name = "igb_v1"
+
+    def __init__(
+        self, base_epoch: int = 1, *, steps: int | None = None, base_losses: Sequence[float] | Tensor | None = None
+    ) -> None:
+        if steps is not None and base_losses is not None:
+            raise ValueError("steps and base_losses exclude each other: the base is measured or given")
+        if not isinstance(base_epoch, int) or base_epoch < 0:
+            raise ValueError(f"base_epoch must be an integer of at least 0, found {base_epoch!r}")
+        if steps is not None and (not isinstance(steps, int) or steps < 1):
+            raise ValueError(f"steps must be an integer of at least 1, found {steps!r}")
+        self.base_epoch, self.steps = base_epoch, steps
+        self._epoch = 0
+        self._recorded_steps = 0
+        self._base: Tensor | None = None
+        self._sum: Tensor | None = None
+        self._given = base_losses is not None
+        if base_losses is not None:
+            self._base = torch.as_tensor(base_losses, dtype=torch.float64).detach().clone()
+            if self._base.dim() != 1 or not bool((self._base > 0).all()) or not bool(self._base.isfinite().all()):
+                raise ValueError(f"base_losses must be K positive finite numbers, found {self._base.tolist()}")
+
+    @property
+    def base_losses(self) -> Tensor | None:
+        """The base losses [K], float64; NaN until they are known, None before the first step."""
+        return self._base
+
+    def start(self, tasks: int, device: torch.device) -> None:
+        if self._base is None:
+            self._base = torch.full((tasks,), torch.nan, dtype=torch.float64, device=device)
+        elif len(self._base) != tasks:
+            raise ValueError(f"base_losses must have one number for each of the {tasks} tasks, found {len(self._base)}")
+        self._base = self._base.to(device)
+        if self._sum is None:
+            self._sum = torch.zeros(tasks + 1, dtype=torch.float64, device=device)
+        self._sum = self._sum.to(device)
+
+    def per_task(self) -> Tensor | None:
+        return self._base
+
+    @property
+    def _is_recording(self) -> bool:
+        if self._given:
+            return False
+        return self._recorded_steps < self.steps if self.steps is not None else self._epoch == self.base_epoch
+
+    def commit(self, losses: Tensor, status: Tensor) -> None:
+        if not self._is_recording:
+            return
+        assert self._sum is not None
+        finite = (status & int(Status.NON_FINITE)) == 0
+        entry = torch.cat([losses.double(), losses.new_ones(1, dtype=torch.float64)])  # the last counts the steps
+        self._sum += torch.where(finite, entry, 0.0)
+        self._recorded_steps += 1
+        if self._recorded_steps == self.steps:
+            self._take_base()
+
+    def end_epoch(self) -> None:
+        if self.steps is None and self._is_recording and self._sum is not None:
+            self._take_base()
+        self._epoch += 1
+
+    def _take_base(self) -> None:
+        assert self._sum is not None
+        self._base = self._sum[:-1] / self._sum[-1]  # NaN, which means unknown, if no step was finite
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"epoch": self._epoch, "recorded_steps": self._recorded_steps, "base": self._base, "sum": self._sum}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._epoch, self._recorded_steps = state["epoch"], state["recorded_steps"]
+        self._base, self._sum = state["base"], state["sum"]
+
+    def __repr__(self) -> str:
+        if self._given:
+            return f"IGBv1(base_losses={[] if self._base is None else self._base.tolist()})"
+        return f"IGBv1(steps={self.steps})" if self.steps is not None else f"IGBv1(base_epoch={self.base_epoch})"
+
+
+@ops.register_rule("igb_v1", needs_per_task=True)
+def _reference(losses: Tensor, per_task: Tensor | None, options: Sequence[float]) -> Tensor:
+    scales = 1 / losses.clamp_min(TINY)
+    assert per_task is not None  # checked by the op
+    if not per_task.isnan().any():
+        scales = scales * len(losses) * torch.softmax(losses / per_task.clamp_min(TINY), dim=0)
+    return nan_where_negative(losses, scales)

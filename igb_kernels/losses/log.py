@@ -1,0 +1,48 @@
+"""Logarithmic losses."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from igb_kernels import ops
+from igb_kernels.losses.base import LossBalancer
+
+TINY = 1e-20
+"""Losses below count as this: a finished task with a zero gradient then contributes 0, not 0 · inf."""
+
+
+class Log(LossBalancer):
+    """Scale-invariant loss balancing: φ_k = log(L_k + eps), s_k = 1 / (L_k + eps).
+
+    The update does not change when a loss is multiplied by a constant. Losses must not be negative: for one that is,
+    all scales are NaN and the status says NON_POSITIVE_LOSS.
+
+    Used by DB-MTL with eps = 1e-8 (Lin et al. 2023, arXiv:2308.12029, equation 1); as "SI" in Dai et al. 2023,
+    arXiv:2307.15429, with eps = 0.
+    """
+
+    name = "log"
+
+    def __init__(self, eps: float = 0.0) -> None:
+        if not eps >= 0:
+            raise ValueError(f"eps must be at least 0, found {eps}")
+        self.eps = float(eps)
+
+    def options(self) -> dict[str, float]:
+        return {"eps": self.eps}
+
+    def __repr__(self) -> str:
+        return f"Log(eps={self.eps})"
+
+
+def nan_where_negative(losses: Tensor, scales: Tensor) -> Tensor:
+    return torch.where((losses < 0).any(), torch.nan, scales)
+
+
+@ops.register_rule("log", options={"eps": 0.0})
+def _reference(losses: Tensor, per_task: Tensor | None, options: Sequence[float]) -> Tensor:
+    (eps,) = options
+    return nan_where_negative(losses + eps, 1 / (losses + eps).clamp_min(TINY))

@@ -1,0 +1,464 @@
+"""The operations under every balancer: their schemas, argument checks, and shapes for tracing.
+
+Each is a `torch.library` op in the namespace `igb_kernels` (so it can be traced, profiled by name and used inside
+`torch.compile`), with a public function of the same name in front that takes nested sequences:
+
+- `gram`, `sq_norms`: K×P gradients to their Gramian or squared norms, in one read of the gradients,
+- `ema_`: moving averages of gradients and their squared norms, in one pass,
+- `combine_`: the weighted sum of K gradients per parameter,
+- `solve`: a method's weights from the Gramian; `loss_scales`: a rule's scales from the losses.
+
+Gradients are addressed where they are; nothing is flattened. `None` stands for a parameter that a task does not reach.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from igb_kernels.backends import reference, resolve
+
+NAMESPACE = "igb_kernels"
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+MAX_TASKS = 1024
+
+Row = Sequence[Tensor | None]
+OptionalTensors = Sequence[Tensor | None]
+
+# ---- Methods and rules register what `solve` and `loss_scales` need to know of them -----------------------------
+
+
+@dataclass(frozen=True)
+class Solver:
+    """What `solve` knows of a method; the mathematics is in csrc/core and, in float64 PyTorch, in `gradients`."""
+
+    name: str
+    options: Mapping[str, float]
+    needs_gram: bool
+    needs_losses: bool
+    initial_state: Callable[[int, Mapping[str, float]], list[float]] | None
+
+    def new_state(self, tasks: int, device: torch.device, **options: float) -> Tensor | None:
+        """The state before the first step, float64, or None where the method has none."""
+        if self.initial_state is None:
+            return None
+        return torch.tensor(self.initial_state(tasks, {**self.options, **options}), dtype=torch.float64, device=device)
+
+
+@dataclass(frozen=True)
+class Rule:
+    """What `loss_scales` knows of a rule."""
+
+    name: str
+    options: Mapping[str, float]
+    needs_per_task: bool
+
+
+SOLVERS: dict[str, Solver] = {}
+RULES: dict[str, Rule] = {}
+
+
+def register_solver(
+    name: str,
+    *,
+    options: Mapping[str, float] | None = None,
+    needs_gram: bool = False,
+    needs_losses: bool = False,
+    initial_state: Callable[[int, Mapping[str, float]], list[float]] | None = None,
+) -> Callable[[reference.Solver], reference.Solver]:
+    """Makes a method known to `solve`; decorates its float64 reference. `options` gives order and defaults."""
+
+    def register(function: reference.Solver) -> reference.Solver:
+        SOLVERS[name] = Solver(name, options or {}, needs_gram, needs_losses, initial_state)
+        reference.SOLVERS[name] = function
+        return function
+
+    return register
+
+
+def register_rule(
+    name: str, *, options: Mapping[str, float] | None = None, needs_per_task: bool = False
+) -> Callable[[reference.Rule], reference.Rule]:
+    """Makes a loss-balancing rule known to `loss_scales`; decorates its float64 reference."""
+
+    def register(function: reference.Rule) -> reference.Rule:
+        RULES[name] = Rule(name, options or {}, needs_per_task)
+        reference.RULES[name] = function
+        return function
+
+    return register
+
+
+# ---- Argument checks ---------------------------------------------------------------------------------------------
+
+
+def _check_rows(op: str, grads: OptionalTensors, tasks: int, argument: str = "grads") -> torch.device:
+    """Every column has one shape, dtype and device, and all have one device, which is returned."""
+    if not 1 <= tasks <= MAX_TASKS:
+        raise ValueError(f"{op}: the number of tasks must be 1 to {MAX_TASKS}, found {tasks}")
+    if len(grads) % tasks:
+        raise ValueError(f"{op}: {argument} must hold tasks × parameters tensors, found {len(grads)} for {tasks} tasks")
+    params = len(grads) // tasks
+    device: torch.device | None = None
+    for p in range(params):
+        shape = dtype = None
+        for k in range(tasks):
+            t = grads[k * params + p]
+            if t is None:
+                continue
+            if shape is None:
+                shape, dtype, device = t.shape, t.dtype, device or t.device
+                if dtype not in DTYPES:
+                    raise TypeError(f"{op}: {argument}[{k}][{p}] must have one of the dtypes {DTYPES}, found {dtype}")
+            if t.shape != shape or t.dtype is not dtype or t.device != device or t.layout is not torch.strided:
+                raise ValueError(
+                    f"{op}: {argument}[{k}][{p}] must be a dense tensor of shape {tuple(shape)}, {dtype}, on {device}, "
+                    f"like the others; found {tuple(t.shape)}, {t.dtype}, on {t.device}, layout {t.layout}"
+                )
+    return device or torch.device("cpu")
+
+
+def _check_like(op: str, name: str, tensors: OptionalTensors, like: OptionalTensors, dtypes: str) -> None:
+    """`tensors` has the count and shapes of `like` and, as `dtypes` says, its "same" or its "accumulator" dtypes."""
+    if len(tensors) != len(like):
+        raise ValueError(f"{op}: {name} must hold {len(like)} tensors, found {len(tensors)}")
+    for i, (t, other) in enumerate(zip(tensors, like, strict=True)):
+        if t is None or other is None:
+            continue
+        allowed = (accumulator_dtype(other.dtype),) if dtypes == "accumulator" else _combined_dtypes(other.dtype)
+        if t.shape != other.shape or t.dtype not in allowed or t.device != other.device:
+            raise ValueError(
+                f"{op}: {name}[{i}] must have shape {tuple(other.shape)}, dtype {' or '.join(map(str, allowed))}, on "
+                f"{other.device}; found {tuple(t.shape)}, {t.dtype}, on {t.device}"
+            )
+
+
+def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which sums and moving averages of gradients of `dtype` are kept."""
+    return torch.float64 if dtype is torch.float64 else torch.float32
+
+
+def _combined_dtypes(dtype: torch.dtype) -> tuple[torch.dtype, ...]:
+    """The dtypes that a sum of gradients of `dtype` can be written in."""
+    if dtype is torch.float32:
+        return (torch.float32, torch.bfloat16, torch.float16)
+    return (dtype, torch.float32) if dtype is not torch.float64 else (dtype,)
+
+
+def _check_vector(op: str, name: str, t: Tensor, shape: tuple[int, ...]) -> None:
+    if tuple(t.shape) != shape:
+        raise ValueError(f"{op}: {name} must have shape {shape}, found {tuple(t.shape)}")
+    if not t.dtype.is_floating_point:
+        raise TypeError(f"{op}: {name} must have a floating dtype, found {t.dtype}")
+
+
+def _check_options(op: str, name: str, known: Mapping[str, float], values: Sequence[float]) -> None:
+    if len(values) != len(known):
+        raise ValueError(f"{op}: {name} takes the options {list(known)}, found {len(values)} values")
+
+
+def _values(op: str, name: str, known: Mapping[str, float], given: Mapping[str, float]) -> list[float]:
+    """The options by position, with defaults where they are not given."""
+    for option in given:
+        _check_known(op, f"an option of {name}", option, known)
+    return [float({**known, **given}[option]) for option in known]
+
+
+def _check_known(op: str, kind: str, name: str, known: Mapping[str, object]) -> None:
+    if name not in known:
+        raise ValueError(f"{op}: {kind} must be one of {sorted(known)}, found {name!r}")
+
+
+# ---- The registered ops ------------------------------------------------------------------------------------------
+
+_library = torch.library.Library(NAMESPACE, "DEF")
+
+
+def _define(schema: str) -> Callable[[Callable[..., object]], Callable[..., object]]:
+    """Registers the decorated function as the op's implementation on every device."""
+
+    def register(function: Callable[..., object]) -> Callable[..., object]:
+        name = schema.split("(", 1)[0]
+        _library.define(schema)
+        _library.impl(name, function, "CompositeExplicitAutograd")
+        return function
+
+    return register
+
+
+@_define("gram(Tensor?[] grads, int tasks, str backend='auto') -> Tensor")
+def _gram(grads: list[Tensor | None], tasks: int, backend: str = "auto") -> Tensor:
+    device = _check_rows("gram", grads, tasks)
+    return resolve(backend, device.type).gram(grads, tasks)
+
+
+@_define("sq_norms(Tensor?[] grads, int tasks, str backend='auto') -> Tensor")
+def _sq_norms(grads: list[Tensor | None], tasks: int, backend: str = "auto") -> Tensor:
+    device = _check_rows("sq_norms", grads, tasks)
+    return resolve(backend, device.type).sq_norms(grads, tasks)
+
+
+@_define(
+    "ema_(Tensor(a!)[] out, Tensor?[] state, Tensor?[] grads, Tensor decay, int tasks, str backend='auto') -> Tensor"
+)
+def _ema_(
+    out: list[Tensor],
+    state: list[Tensor | None],
+    grads: list[Tensor | None],
+    decay: Tensor,
+    tasks: int,
+    backend: str = "auto",
+) -> Tensor:
+    device = _check_rows("ema_", out, tasks, "out")
+    _check_rows("ema_", grads, tasks)
+    _check_like("ema_", "out", out, grads, "accumulator")
+    _check_like("ema_", "state", state, out, "accumulator")
+    if decay.numel() != 1:
+        raise ValueError(f"ema_: decay must be one number, found {decay.numel()}")
+    norms = resolve(backend, device.type).ema_(out, state, grads, decay, tasks)
+    torch.autograd.graph.increment_version(out)
+    return norms
+
+
+@_define("combine_(Tensor(a!)[] out, Tensor?[] grads, Tensor weights, bool accumulate=False, str backend='auto') -> ()")
+def _combine_(
+    out: list[Tensor], grads: list[Tensor | None], weights: Tensor, accumulate: bool = False, backend: str = "auto"
+) -> None:
+    device = _check_rows("combine_", grads, weights.numel())
+    _check_vector("combine_", "weights", weights, (weights.numel(),))
+    for k in range(weights.numel()):
+        _check_like("combine_", "out", out, grads[k * len(out) : (k + 1) * len(out)], "combined")
+    resolve(backend, device.type).combine_(out, grads, weights, accumulate)
+    torch.autograd.graph.increment_version(out)
+
+
+@_define(
+    "solve(str method, Tensor gram, Tensor? losses, float[] options, Tensor(a!)? state, str backend='auto')"
+    " -> (Tensor, Tensor)"
+)
+def _solve(
+    method: str,
+    gram: Tensor,
+    losses: Tensor | None,
+    options: list[float],
+    state: Tensor | None,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    _check_known("solve", "method", method, SOLVERS)
+    solver, tasks = SOLVERS[method], gram.shape[0] if gram.dim() else 0
+    if not 1 <= tasks <= MAX_TASKS or not (gram.shape == (tasks, tasks) or (gram.dim() == 1 and not solver.needs_gram)):
+        rule = "a K×K Gramian" if solver.needs_gram else "a K×K Gramian or K squared norms"
+        raise ValueError(f"solve: gram must be {rule}, 1 <= K <= {MAX_TASKS}, for {method}; found {tuple(gram.shape)}")
+    if solver.needs_losses:
+        if losses is None:
+            raise ValueError(f"solve: {method} needs losses, found None")
+        _check_vector("solve", "losses", losses, (tasks,))
+    _check_options("solve", method, solver.options, options)
+    if solver.initial_state is not None:
+        size = len(solver.initial_state(tasks, solver.options))
+        if state is None or state.shape != (size,) or state.dtype is not torch.float64 or not state.is_contiguous():
+            found = "None" if state is None else f"{tuple(state.shape)}, {state.dtype}"
+            raise ValueError(f"solve: state must be a contiguous float64 tensor of shape ({size},), found {found}")
+    weights, status = resolve(backend, gram.device.type).solve(method, gram, losses, options, state)
+    if state is not None:
+        torch.autograd.graph.increment_version([state])
+    return weights, status
+
+
+@_define(
+    "loss_scales(str rule, Tensor losses, Tensor? per_task, float[] options, str backend='auto') -> (Tensor, Tensor)"
+)
+def _loss_scales(
+    rule: str, losses: Tensor, per_task: Tensor | None, options: list[float], backend: str = "auto"
+) -> tuple[Tensor, Tensor]:
+    _check_known("loss_scales", "rule", rule, RULES)
+    _check_vector("loss_scales", "losses", losses, (losses.numel(),))
+    if RULES[rule].needs_per_task:
+        if per_task is None:
+            raise ValueError(f"loss_scales: {rule} needs per_task, found None")
+        _check_vector("loss_scales", "per_task", per_task, tuple(losses.shape))
+    _check_options("loss_scales", rule, RULES[rule].options, options)
+    return resolve(backend, losses.device.type).loss_scales(rule, losses, per_task, options)
+
+
+@_define("rollback_(Tensor(a!)[] out, Tensor?[] kept, Tensor status, str backend='auto') -> ()")
+def _rollback_(out: list[Tensor], kept: list[Tensor | None], status: Tensor, backend: str = "auto") -> None:
+    device = _check_rows("rollback_", out, 1, "out")
+    _check_like("rollback_", "kept", kept, out, "accumulator")
+    resolve(backend, device.type).rollback_(out, kept, status)
+    torch.autograd.graph.increment_version(out)
+
+
+def _fake(name: str, function: Callable[..., object]) -> None:
+    torch.library.register_fake(f"{NAMESPACE}::{name}", function, lib=_library)
+
+
+def _device_of(grads: OptionalTensors) -> torch.device:
+    return next((t.device for t in grads if t is not None), torch.device("cpu"))
+
+
+def _float64(shape: tuple[int, ...], device: torch.device) -> Tensor:
+    return torch.empty(shape, dtype=torch.float64, device=device)
+
+
+def _new_status(device: torch.device) -> Tensor:
+    return torch.empty((), dtype=torch.int32, device=device)
+
+
+_fake("gram", lambda grads, tasks, backend="auto": _float64((tasks, tasks), _device_of(grads)))
+_fake("sq_norms", lambda grads, tasks, backend="auto": _float64((tasks,), _device_of(grads)))
+_fake("ema_", lambda out, state, grads, decay, tasks, backend="auto": _float64((tasks,), _device_of(out)))
+_fake("combine_", lambda out, grads, weights, accumulate=False, backend="auto": None)
+_fake(
+    "solve",
+    lambda method, gram, losses, options, state, backend="auto": (
+        _float64((gram.shape[0],), gram.device),
+        _new_status(gram.device),
+    ),
+)
+_fake(
+    "loss_scales",
+    lambda rule, losses, per_task, options, backend="auto": (torch.empty_like(losses), _new_status(losses.device)),
+)
+_fake("rollback_", lambda out, kept, status, backend="auto": None)
+
+# ---- Public functions --------------------------------------------------------------------------------------------
+
+registered = getattr(torch.ops, NAMESPACE)
+"""The ops themselves, for callers that hold rows as one flat list."""
+
+Rows = Tensor | Sequence[Row]
+
+
+def _flat(rows: Rows) -> tuple[list[Tensor | None], int]:
+    """Rows (or a K×D matrix) as one list in row-major order, and K."""
+    nested: list[Row] = [[row] for row in rows.unbind()] if isinstance(rows, Tensor) else [list(row) for row in rows]
+    if len({len(row) for row in nested}) > 1:
+        raise ValueError(f"every task must have the same number of tensors, found {[len(row) for row in nested]}")
+    return [t for row in nested for t in row], len(nested)
+
+
+def gram(grads: Rows, *, backend: str = "auto") -> Tensor:
+    """The Gramian G_ij = <g_i, g_j> of K gradients, in one read of them.
+
+    Args:
+        grads: K rows of P tensors each (None where a task does not reach a parameter), or a K×D matrix. Each column
+            has one shape and dtype: float32, float64, bfloat16 or float16; all on one device.
+        backend: "auto", or a name from `igb_kernels.backends()`.
+
+    Returns:
+        Tensor [K, K], float64, on the gradients' device; symmetric to the bit. Half precision is summed in float32
+        chunks and those in float64, in an order that does not depend on the number of threads.
+
+    Equivalent to::
+
+        J = torch.stack([torch.cat([g.double().flatten() for g in row]) for row in grads])
+        J @ J.T
+    """
+    flat, tasks = _flat(grads)
+    result: Tensor = registered.gram(flat, tasks, backend)
+    return result
+
+
+def sq_norms(grads: Rows, *, backend: str = "auto") -> Tensor:
+    """The squared Euclidean norms of K gradients: the diagonal of `gram`, which see, at the cost of one pass."""
+    flat, tasks = _flat(grads)
+    result: Tensor = registered.sq_norms(flat, tasks, backend)
+    return result
+
+
+def ema_(out: Rows, state: Rows, grads: Rows, decay: float | Tensor, *, backend: str = "auto") -> Tensor:
+    """Writes out = decay · state + (1 − decay) · grads and returns the squared norms of out, in one pass.
+
+    Args:
+        out: K rows of P tensors, without None; written. Float32 for half and single precision gradients, else float64.
+        state: like `out`, and may be `out`; None counts as zeros.
+        grads: as in `gram`; None counts as zeros.
+        decay: one number.
+
+    Returns:
+        Tensor [K], float64.
+    """
+    flat_out, tasks = _flat(out)
+    decay = decay if isinstance(decay, Tensor) else torch.tensor(decay, dtype=torch.float64)
+    result: Tensor = registered.ema_(flat_out, _flat(state)[0], _flat(grads)[0], decay, tasks, backend)
+    return result
+
+
+def combine_(
+    out: Sequence[Tensor], grads: Rows, weights: Tensor, *, accumulate: bool = False, backend: str = "auto"
+) -> None:
+    """Writes out = Σ_k weights_k · grads_k, or adds it to `out` with `accumulate`; one read of the gradients.
+
+    Args:
+        out: P tensors, written; each may be a tensor of `grads`. Float32 sums can be written in half precision.
+        grads: as in `gram`.
+        weights: Tensor [K], floating.
+    """
+    flat, tasks = _flat(grads)
+    _check_vector("combine_", "weights", weights, (tasks,))
+    registered.combine_(list(out), flat, weights, accumulate, backend)
+
+
+def solve(
+    method: str,
+    gram: Tensor,
+    losses: Tensor | None = None,
+    *,
+    state: Tensor | None = None,
+    backend: str = "auto",
+    **options: float,
+) -> tuple[Tensor, Tensor]:
+    """A method's weights from the Gramian of the gradients.
+
+    Args:
+        method: "equal", "db_mtl", "emtl", "imtl_g" or "nash_mtl".
+        gram: Tensor [K, K]; [K] squared norms do for methods that need no more.
+        losses: Tensor [K], for methods that use them (EMTL).
+        state: the method's float64 state, updated in place; a new one if not given.
+        options: the method's, by name; see its class.
+
+    Returns:
+        weights [K], float64, such that the update is Σ_k weights_k g_k; and the status, int32 [], bits of
+        `igb_kernels.Status`. Both on the Gramian's device.
+    """
+    _check_known("solve", "method", method, SOLVERS)
+    solver = SOLVERS[method]
+    values = _values("solve", method, solver.options, options)
+    if state is None:
+        state = solver.new_state(gram.shape[0] if gram.dim() else 0, gram.device, **options)
+    weights, status = registered.solve(method, gram, losses, values, state, backend)
+    return weights, status
+
+
+def loss_scales(
+    rule: str,
+    losses: Tensor,
+    per_task: Tensor | None = None,
+    *,
+    backend: str = "auto",
+    **options: float,
+) -> tuple[Tensor, Tensor]:
+    """A loss-balancing rule's scales s_k = dφ_k/dL_k.
+
+    Args:
+        rule: "none", "log" (option: eps), "igb_v1" (per_task: base losses, NaN where unknown) or "imtl_l"
+            (per_task: log scales).
+        losses: Tensor [K], floating.
+        per_task: Tensor [K], floating, for rules that use it.
+
+    Returns:
+        scales [K] in the losses' dtype, computed in float64; and the status, int32 [].
+    """
+    _check_known("loss_scales", "rule", rule, RULES)
+    values = _values("loss_scales", rule, RULES[rule].options, options)
+    scales, status = registered.loss_scales(rule, losses, per_task, values, backend)
+    return scales, status
+
+
+def rollback_(out: Sequence[Tensor], kept: Row, status: Tensor, *, backend: str = "auto") -> None:
+    """Copies `kept` (None: zeros) to `out` where the status says NON_FINITE, without a host sync."""
+    registered.rollback_(list(out), list(kept), status, backend)

@@ -1,0 +1,67 @@
+"""What a balanced step did."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from igb_kernels.status import Status
+
+
+@dataclass(frozen=True)
+class BalanceResult:
+    """Losses, scales, weights and what they came from; device tensors, so that reading them is the caller's sync."""
+
+    names: tuple[str, ...] | None
+    """The tasks' names, where the losses came as a dict; everything below is in this order."""
+    losses: Tensor
+    """Raw losses [K]."""
+    scales: Tensor
+    """Loss scales s_k [K], in the losses' dtype: what loss balancing did."""
+    weights: Tensor
+    """Gradient-balancing weights w_k [K], float64, on the gradients of the scaled losses."""
+    status: Tensor
+    """Bits of `igb_kernels.Status`, int32 []."""
+    measured: Tensor | None
+    """What the weights came from, of the scaled gradients: the Gramian [K, K] or the squared norms [K], float64."""
+
+    @property
+    def total_weights(self) -> Tensor:
+        """Weights on the gradients of the raw losses [K], float64: w_k s_k."""
+        return self.weights * self.scales
+
+    @property
+    def gram(self) -> Tensor | None:
+        """Gramian of the scaled gradients [K, K], or None where the method does not form it."""
+        return self.measured if self.measured is not None and self.measured.dim() == 2 else None
+
+    @property
+    def norms(self) -> Tensor | None:
+        """Norms of the scaled gradients [K] (DB-MTL with beta > 0: of their moving averages), or None."""
+        if self.measured is None:
+            return None
+        return (self.measured.diagonal() if self.measured.dim() == 2 else self.measured).clamp_min(0).sqrt()
+
+    @property
+    def cosines(self) -> Tensor | None:
+        """Cosines between the tasks' gradients [K, K], 0 for vanishing ones; None where there is no Gramian."""
+        if self.gram is None or self.norms is None:
+            return None
+        inverse = torch.where(self.norms > 0, 1 / self.norms, 0.0)
+        return self.gram * inverse[:, None] * inverse[None, :]
+
+    @property
+    def flags(self) -> Status:
+        """The status as `igb_kernels.Status`; waits for the device."""
+        return Status(int(self.status))
+
+    def __str__(self) -> str:
+        """Readable; waits for the device."""
+        rows = zip(self.losses.tolist(), self.scales.tolist(), self.weights.tolist(), strict=True)
+        lines = [
+            f"{self.names[k] if self.names else k}: loss {loss:.4g}, scale {scale:.4g}, weight {weight:.4g}"
+            for k, (loss, scale, weight) in enumerate(rows)
+        ]
+        return "\n".join([*lines, f"status: {self.flags.name or 'ordinary'}"])
