@@ -9,4 +9,17 @@ from igb_kernels.status import Status
 
 __version__ = "0.1.0"
 
-__all__ = ["DBMTL", "EMTL", "IMTLG", "IMTLL", "Balancer", "Equal", "IGBv1", "Log", "NashMTL", "Status", "backends", "ops"]
+__all__ = [
+    "DBMTL",
+    "EMTL",
+    "IMTLG",
+    "IMTLL",
+    "Balancer",
+    "Equal",
+    "IGBv1",
+    "Log",
+    "NashMTL",
+    "Status",
+    "backends",
+    "ops",
+]

@@ -8,12 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from igb_kernels.backends import resolve
 from igb_kernels.capture import GradsSetAside, Losses, TaskLosses, joint_pass, leaves, take_grads, task_passes
 from igb_kernels.gradients import METHODS, Equal, GradientBalancer, Needs
 from igb_kernels.losses import RULES, LossBalancer
 from igb_kernels.ops import DTYPES
 from igb_kernels.result import BalanceResult
-from igb_kernels.store import AveragedGradients, AverageBanks, KeptGradients, RunningSum, TaskGradients
+from igb_kernels.store import AverageBanks, AveragedGradients, KeptGradients, RunningSum, TaskGradients
 
 HEADS = ("scaled", "weighted")
 
@@ -67,6 +68,7 @@ class Balancer:
         if both := {id(p) for p in self.shared} & {id(p) for p in self.task_parameters}:
             raise ValueError(f"shared and task_parameters must be disjoint, found {len(both)} tensors in both")
         self.backend = backend
+        self._run = resolve(backend, self.shared[0].device.type)
         self._tasks: int | None = None
         self._names: tuple[str, ...] | None = None
         self._averages = AverageBanks()
@@ -108,7 +110,7 @@ class Balancer:
             raise ValueError(f"losses must hold {self._tasks} tasks as in earlier steps, found {len(tasks)}")
 
     def _step(self, tasks: TaskLosses, retain_graph: bool) -> BalanceResult:
-        scales, loss_status = self.losses.scales(tasks.values, self.backend)
+        scales, loss_status = self.losses.scales(tasks.values, self._run)
         with GradsSetAside(self.shared) as shared, GradsSetAside(self.task_parameters or self._head_leaves) as heads:
             needs = self.gradients.needs()
             if needs is Needs.NOTHING:
@@ -122,7 +124,7 @@ class Balancer:
             if self.heads == "scaled":
                 heads.add_back()
         status = status | loss_status
-        self.losses.commit(tasks.values, status)
+        self.losses.commit(tasks.values, scales, status)
         self.gradients.commit()
         return BalanceResult(tasks.names, tasks.values, scales, weights, status, measured)
 
@@ -130,14 +132,14 @@ class Balancer:
         self, tasks: TaskLosses, scales: Tensor, retain_graph: bool, shared: GradsSetAside, heads: GradsSetAside
     ) -> tuple[Tensor, Tensor, Tensor]:
         """One pass for each task; weights from what they show; their weighted sum into `.grad`."""
-        rows, head_rows = self._rows(), KeptGradients(self.task_parameters, self.backend)
+        rows, head_rows = self._rows(), KeptGradients(self.task_parameters, self._run)
         for grads in task_passes(tasks, scales, self.shared, retain_graph):
             rows.add(grads)
             if self.task_parameters:
                 head_rows.add(take_grads(self.task_parameters))
         uses_gram = self.gradients.needs() in (Needs.GRAM, Needs.HELD)
         measured = rows.gram() if uses_gram else rows.sq_norms()
-        weights, status = self.gradients.solve(measured, tasks.values, scales, self.backend)
+        weights, status = self.gradients.solve(measured, tasks.values, scales, self._run)
         rows.write(weights, shared.previous)
         if self.task_parameters:
             head_rows.write(weights, heads.previous)
@@ -150,10 +152,10 @@ class Balancer:
         """One pass for all tasks, with weights that were known before it."""
         weights = self.gradients.held_weights()
         joint_pass(tasks, scales * weights.to(scales.dtype), retain_graph)
-        rows, head_rows = (KeptGradients(params, self.backend) for params in (self.shared, self.task_parameters))
+        rows, head_rows = (KeptGradients(params, self._run) for params in (self.shared, self.task_parameters))
         rows.add(take_grads(self.shared))
         head_rows.add(take_grads(self.task_parameters))
-        factor, status = self.gradients.solve_held(rows.sq_norms(), self.backend)
+        factor, status = self.gradients.solve_held(rows.sq_norms(), self._run)
         rows.write(factor, shared.previous)
         head_rows.write(factor, heads.previous)
         return weights * factor, status, None
@@ -161,11 +163,11 @@ class Balancer:
     def _rows(self) -> TaskGradients:
         decay = self.gradients.ema_decay()
         if decay is not None:
-            return AveragedGradients(self.shared, self.backend, self._averages, decay)
+            return AveragedGradients(self.shared, self._run, self._averages, decay)
         if self.gradients.needs() is Needs.RUNNING_NORMS:
             method = self.gradients
-            return RunningSum(self.shared, self.backend, method.running_weight, method.running_factor)
-        return KeptGradients(self.shared, self.backend)
+            return RunningSum(self.shared, self._run, method.running_weight, method.running_factor)
+        return KeptGradients(self.shared, self._run)
 
     def end_epoch(self) -> None:
         """Tells what counts epochs that one has ended (IGBv1 measures its base losses over one)."""
@@ -194,7 +196,8 @@ class Balancer:
         """
         if list(state["method"]) != [self.losses.name, self.gradients.name]:
             raise ValueError(
-                f"the state is of {'+'.join(state['method'])}, this balancer is {self.losses.name}+{self.gradients.name}"
+                f"the state is of {'+'.join(state['method'])}, "
+                f"this balancer is {self.losses.name}+{self.gradients.name}"
             )
         for row in state["averages"]:
             shapes = [None if average is None else tuple(average.shape) for average in row]
@@ -226,7 +229,9 @@ def _methods(
     if isinstance(gradients, str):
         parts = gradients.split("+")
         if len(parts) > 2 or (len(parts) == 2 and losses is not None):
-            raise ValueError(f'gradients must name "method" or "rule+method" (then losses stays None), found {gradients!r}')
+            raise ValueError(
+                f'gradients must name "method" or "rule+method" (then losses stays None), found {gradients!r}'
+            )
         if len(parts) == 2:
             losses = parts[0]
         gradients = _rule(parts[0]) if parts[-1] in RULES and len(parts) == 1 else _method(parts[-1])

@@ -7,11 +7,13 @@ its buffer over without a copy, and it is right also for tied weights and parame
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import reduce
 from types import TracebackType
+from typing import cast
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import GradientEdge
+from torch.autograd.graph import GradientEdge, Node
 
 from igb_kernels._log import warn_once
 
@@ -27,7 +29,9 @@ class TaskLosses:
         if isinstance(losses, Mapping):
             self.names = tuple(losses) if names is None else names
             if set(self.names) != set(losses):
-                raise ValueError(f"losses must have the tasks {list(self.names)} of earlier steps, found {list(losses)}")
+                raise ValueError(
+                    f"losses must have the tasks {list(self.names)} of earlier steps, found {list(losses)}"
+                )
             losses = [losses[name] for name in self.names]
         self._whole: Tensor | None = None
         if isinstance(losses, Tensor):
@@ -48,15 +52,16 @@ class TaskLosses:
                 raise ValueError(f"{self._label(k)} must require grad: it does not depend on any parameter")
             if not loss.dtype.is_floating_point:
                 raise TypeError(f"{self._label(k)} must have a floating dtype, found {loss.dtype}")
+            if loss.device != scalars[0].device:
+                raise ValueError(f"{self._label(k)} must be on {scalars[0].device} like the first, found {loss.device}")
         self.roots: list[Tensor | GradientEdge] = list(scalars)
-        self._seed_like = scalars
-        dtype, device = scalars[0].dtype, scalars[0].device
-        for k, loss in enumerate(scalars):
-            if loss.device != device:
-                raise ValueError(f"{self._label(k)} must be on {device} like the others, found {loss.device}")
-            dtype = torch.promote_types(dtype, loss.dtype)
+        self._alike = all(loss.dim() == 0 and loss.dtype is scalars[0].dtype for loss in scalars)
         with torch.no_grad():
-            self.values = torch.stack([loss.detach().reshape(()).to(dtype) for loss in scalars])
+            if self._alike:
+                self.values = torch.stack(scalars)
+            else:
+                dtype = reduce(torch.promote_types, (loss.dtype for loss in scalars))
+                self.values = torch.stack([loss.reshape(()).to(dtype) for loss in scalars])
 
     def _read_vector(self, losses: Tensor) -> None:
         if losses.dim() != 1 or len(losses) == 0:
@@ -64,18 +69,18 @@ class TaskLosses:
         if not losses.requires_grad or losses.grad_fn is None:
             raise ValueError("losses must require grad: they do not depend on any parameter")
         self.values = losses.detach()
-        node = losses.grad_fn
+        node: Node = losses.grad_fn
         edges = node.next_functions if node.name() == "StackBackward0" else ()
         if len(edges) == len(losses) and all(function is not None for function, _ in edges):
             # Each stacked scalar starts its own pass; through the stack node, every pass would run all K heads.
-            self.roots = [GradientEdge(function, output) for function, output in edges]
+            self.roots = [GradientEdge(function, output) for function, output in edges if function is not None]
         else:
             warn_once(
                 "losses came as one tensor that torch.stack did not make: every backward pass runs all tasks' heads. "
                 "A list of scalar losses avoids that"
             )
             self.roots, self._whole = [losses] * len(losses), losses
-        self._seed_like = [self.values[k] for k in range(len(losses))]
+        self._alike = True
 
     def _label(self, k: int) -> str:
         return f"losses[{k}]" if self.names is None else f"losses[{self.names[k]!r}]"
@@ -87,9 +92,12 @@ class TaskLosses:
         """The seed of each pass from the loss scales [K]."""
         if self._whole is not None:
             return list(torch.diag(scales).unbind())
+        if self._alike:
+            return list(scales.unbind())
         return [
-            s if s.dtype is like.dtype and like.dim() == 0 else s.to(like.dtype).reshape(like.shape)
-            for s, like in zip(scales.unbind(), self._seed_like, strict=True)
+            scale.to(loss.dtype).reshape(loss.shape)
+            for scale, loss in zip(scales.unbind(), self.roots, strict=True)
+            if isinstance(loss, Tensor)
         ]
 
 
@@ -108,7 +116,8 @@ def joint_pass(losses: TaskLosses, scales: Tensor, retain_graph: bool) -> None:
     if losses._whole is not None:
         torch.autograd.backward(losses._whole, scales, retain_graph=retain_graph)
     else:
-        torch.autograd.backward(losses.roots, losses.seeds(scales), retain_graph=retain_graph)
+        roots = cast(Sequence[Tensor], losses.roots)  # the stub knows no mixture
+        torch.autograd.backward(roots, losses.seeds(scales), retain_graph=retain_graph)
 
 
 def take_grads(params: Sequence[Tensor]) -> list[Tensor | None]:

@@ -174,7 +174,7 @@ def _check_known(op: str, kind: str, name: str, known: Mapping[str, object]) -> 
 
 # ---- The registered ops ------------------------------------------------------------------------------------------
 
-_library = torch.library.Library(NAMESPACE, "DEF")
+_library = torch.library.Library(NAMESPACE, "DEF")  # type: ignore[no-untyped-call]
 
 
 def _define(schema: str) -> Callable[[Callable[..., object]], Callable[..., object]]:
@@ -182,8 +182,8 @@ def _define(schema: str) -> Callable[[Callable[..., object]], Callable[..., obje
 
     def register(function: Callable[..., object]) -> Callable[..., object]:
         name = schema.split("(", 1)[0]
-        _library.define(schema)
-        _library.impl(name, function, "CompositeExplicitAutograd")
+        _library.define(schema)  # type: ignore[no-untyped-call]
+        _library.impl(name, function, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
         return function
 
     return register
@@ -192,13 +192,15 @@ def _define(schema: str) -> Callable[[Callable[..., object]], Callable[..., obje
 @_define("gram(Tensor?[] grads, int tasks, str backend='auto') -> Tensor")
 def _gram(grads: list[Tensor | None], tasks: int, backend: str = "auto") -> Tensor:
     device = _check_rows("gram", grads, tasks)
-    return resolve(backend, device.type).gram(grads, tasks)
+    run = resolve(backend, device.type)
+    return run.gram(run.Table(grads, tasks), tasks)
 
 
 @_define("sq_norms(Tensor?[] grads, int tasks, str backend='auto') -> Tensor")
 def _sq_norms(grads: list[Tensor | None], tasks: int, backend: str = "auto") -> Tensor:
     device = _check_rows("sq_norms", grads, tasks)
-    return resolve(backend, device.type).sq_norms(grads, tasks)
+    run = resolve(backend, device.type)
+    return run.sq_norms(run.Table(grads, tasks), tasks)
 
 
 @_define(
@@ -218,7 +220,10 @@ def _ema_(
     _check_like("ema_", "state", state, out, "accumulator")
     if decay.numel() != 1:
         raise ValueError(f"ema_: decay must be one number, found {decay.numel()}")
-    norms = resolve(backend, device.type).ema_(out, state, grads, decay, tasks)
+    run = resolve(backend, device.type)
+    out_table = run.Table(out, tasks)
+    layout = out_table.columns
+    norms = run.ema_(out_table, run.Table(state, tasks, layout), run.Table(grads, tasks, layout), decay, tasks)
     torch.autograd.graph.increment_version(out)
     return norms
 
@@ -231,7 +236,9 @@ def _combine_(
     _check_vector("combine_", "weights", weights, (weights.numel(),))
     for k in range(weights.numel()):
         _check_like("combine_", "out", out, grads[k * len(out) : (k + 1) * len(out)], "combined")
-    resolve(backend, device.type).combine_(out, grads, weights, accumulate)
+    run = resolve(backend, device.type)
+    out_table = run.Table(out, 1)
+    run.combine_(out_table, run.Table(grads, weights.numel(), out_table.columns), weights, accumulate)
     torch.autograd.graph.increment_version(out)
 
 

@@ -20,10 +20,22 @@ namespace {
 
 template <class T> T* pointer(Address address) { return reinterpret_cast<T*>(address); }
 
-struct Table : TensorTable {
+// A TensorTable with its metadata; the tensors themselves stay with the caller.
+class Table {
+ public:
   Table(Address addresses, Address numel, Address dtypes, int tasks, std::int64_t params)
-      : TensorTable{pointer<std::uintptr_t>(addresses), pointer<std::int64_t>(numel), pointer<DType>(dtypes), tasks,
-                    params} {}
+      : addresses_(pointer<std::uintptr_t>(addresses), pointer<std::uintptr_t>(addresses) + tasks * params),
+        numel_(pointer<std::int64_t>(numel), pointer<std::int64_t>(numel) + params),
+        dtypes_(pointer<DType>(dtypes), pointer<DType>(dtypes) + params),
+        table_{addresses_.data(), numel_.data(), dtypes_.data(), tasks, params} {}
+  Table(const Table&) = delete;
+  operator const TensorTable&() const { return table_; }
+
+ private:
+  std::vector<std::uintptr_t> addresses_;
+  std::vector<std::int64_t> numel_;
+  std::vector<DType> dtypes_;
+  TensorTable table_;
 };
 
 const std::map<std::string, igb::Method> kMethods = {
@@ -87,6 +99,7 @@ PYBIND11_MODULE(_C, m) {
   m.attr("loss_rules") = numbers(kLossRules);
   m.attr("max_tasks") = igb::cpu::kMaxTasks;
   m.def("option_count", [](int method) { return igb::option_count(igb::Method(method)); });
+  m.def("rule_option_count", [](int rule) { return igb::option_count(igb::LossRule(rule)); });
   m.def("state_size", [](int method, int tasks) { return igb::state_size(igb::Method(method), tasks); });
   m.def("instruction_set", &igb::cpu::instruction_set);
   m.def("use_instruction_set", [](const std::string& name) { return igb::cpu::use_instruction_set(name.c_str()); });

@@ -2,17 +2,53 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
-from types import ModuleType
+from typing import Any, Protocol, cast
 
 import torch
+from torch import Tensor
 
 from igb_kernels import _native
 from igb_kernels._log import warn_once
 
 NAMES = ("cpu", "reference")
+
+OptionalTensors = Sequence[Tensor | None]
+
+
+class Table(Protocol):
+    """K rows of P tensors as a backend wants them; made once, used by several operations."""
+
+    columns: OptionalTensors
+    """The first tensor of each column that is there."""
+
+
+class Backend(Protocol):
+    """The operations without argument checks: `ops` documents and checks them, the balancer calls them directly."""
+
+    def Table(self, tensors: OptionalTensors, tasks: int, like: OptionalTensors | None = None) -> Any:
+        """A `Table`; `like` gives the memory layout of each column (another table's `columns`)."""
+
+    def gram(self, grads: Any, tasks: int) -> Tensor: ...
+
+    def sq_norms(self, grads: Any, tasks: int) -> Tensor: ...
+
+    def ema_(self, out: Any, state: Any, grads: Any, decay: Tensor, tasks: int) -> Tensor: ...
+
+    def combine_(self, out: Any, grads: Any, weights: Tensor, accumulate: bool) -> None: ...
+
+    def rollback_(self, out: OptionalTensors, kept: OptionalTensors, status: Tensor) -> None: ...
+
+    def solve(
+        self, method: str, gram: Tensor, losses: Tensor | None, options: Sequence[float], state: Tensor | None
+    ) -> tuple[Tensor, Tensor]: ...
+
+    def loss_scales(
+        self, rule: str, losses: Tensor, per_task: Tensor | None, options: Sequence[float]
+    ) -> tuple[Tensor, Tensor]: ...
 
 
 @dataclass(frozen=True)
@@ -46,7 +82,7 @@ def backends() -> dict[str, Availability]:
 
 
 @cache
-def resolve(name: str, device_type: str) -> ModuleType:
+def resolve(name: str, device_type: str) -> Backend:
     """The backend module for tensors on a device of this type; `name` may be "auto"."""
     if name == "auto":
         if device_type == "cpu" and _native.module is not None:
@@ -62,4 +98,4 @@ def resolve(name: str, device_type: str) -> ModuleType:
             raise RuntimeError(f"backend='cpu' was asked for, but {_native.reason}")
         if device_type != "cpu":
             raise ValueError(f"backend='cpu' needs tensors on the CPU, found them on {device_type}")
-    return import_module(f"igb_kernels.backends.{name}")
+    return cast(Backend, import_module(f"igb_kernels.backends.{name}"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -21,57 +22,72 @@ SOLVERS: dict[str, Solver] = {}
 RULES: dict[str, Rule] = {}
 
 
-def _matrix(tensors: OptionalTensors, tasks: int) -> Tensor:
-    """The K×D float64 matrix whose rows are the tasks' gradients, with zeros where a task does not reach."""
-    params = len(tensors) // tasks
-    shapes: list[Tensor | None] = [None] * params
-    for i, t in enumerate(tensors):
-        if t is not None:
-            shapes[i % params] = t
-    columns = [t for t in shapes if t is not None]
-    if not columns:
-        device = None
-        return torch.zeros(tasks, 0, dtype=torch.float64, device=device)
-    rows = []
-    for k in range(tasks):
-        row = tensors[k * params : (k + 1) * params]
-        parts = [
-            torch.zeros(like.numel(), dtype=torch.float64, device=like.device) if t is None else t.double().flatten()
-            for t, like in zip(row, shapes, strict=True)
-            if like is not None
+@dataclass(frozen=True)
+class Table:
+    """K rows of P tensors."""
+
+    tensors: OptionalTensors
+    tasks: int
+    like: OptionalTensors | None = None
+
+    @property
+    def columns(self) -> list[Tensor | None]:
+        """The first tensor of each column that is there."""
+        params = len(self.tensors) // self.tasks
+        return [next((t for t in self.tensors[p::params] if t is not None), None) for p in range(params)]
+
+    def matrix(self) -> Tensor:
+        """The K×D float64 matrix of the rows, with zeros where a task does not reach a parameter."""
+        columns = self.columns
+        device = next((t.device for t in columns if t is not None), None)
+        rows = [
+            [
+                torch.zeros(column.numel(), dtype=torch.float64, device=device) if t is None else t.double().flatten()
+                for t, column in zip(self.tensors[k * len(columns) : (k + 1) * len(columns)], columns, strict=True)
+                if column is not None
+            ]
+            for k in range(self.tasks)
         ]
-        rows.append(torch.cat(parts))
-    return torch.stack(rows)
+        empty = torch.zeros(0, dtype=torch.float64, device=device)
+        return torch.stack([torch.cat([empty, *row]) for row in rows])
 
 
-def gram(grads: OptionalTensors, tasks: int) -> Tensor:
-    rows = _matrix(grads, tasks)
+def gram(grads: Table, tasks: int) -> Tensor:
+    rows = grads.matrix()
     return rows @ rows.T
 
 
-def sq_norms(grads: OptionalTensors, tasks: int) -> Tensor:
-    return _matrix(grads, tasks).square().sum(dim=1)
+def sq_norms(grads: Table, tasks: int) -> Tensor:
+    return grads.matrix().square().sum(dim=1)
 
 
-def ema_(out: Sequence[Tensor], state: OptionalTensors, grads: OptionalTensors, decay: Tensor, tasks: int) -> Tensor:
+def ema_(out: Table, state: Table, grads: Table, decay: Tensor, tasks: int) -> Tensor:
     b = decay.double().reshape(())
-    for o, s, g in zip(out, state, grads, strict=True):
-        old = torch.zeros_like(o, dtype=torch.float64) if s is None else s.double()
-        new = torch.zeros_like(o, dtype=torch.float64) if g is None else g.double()
-        o.copy_(b * old + (1 - b) * new)
+    for o, s, g in zip(out.tensors, state.tensors, grads.tensors, strict=True):
+        if o is not None:
+            old = torch.zeros_like(o, dtype=torch.float64) if s is None else s.double()
+            new = torch.zeros_like(o, dtype=torch.float64) if g is None else g.double()
+            o.copy_(b * old + (1 - b) * new)
     return sq_norms(out, tasks)
 
 
-def combine_(out: Sequence[Tensor], grads: OptionalTensors, weights: Tensor, accumulate: bool) -> None:
-    params = len(out)
-    w = weights.double()
-    for p, o in enumerate(out):
+def combine_(out: Table, grads: Table, weights: Tensor, accumulate: bool) -> None:
+    w, params = weights.double(), len(out.tensors)
+    for p, o in enumerate(out.tensors):
+        assert o is not None
         total = o.double() if accumulate else torch.zeros_like(o, dtype=torch.float64)
-        for k in range(len(w)):
-            g = grads[k * params + p]
+        for k in range(grads.tasks):
+            g = grads.tensors[k * params + p]
             if g is not None:
                 total = total + w[k] * g.double()
         o.copy_(total)
+
+
+def rollback_(out: OptionalTensors, kept: OptionalTensors, status: Tensor) -> None:
+    failed = (status & int(Status.NON_FINITE)) != 0
+    for o, k in zip(out, kept, strict=True):
+        if o is not None:
+            o.copy_(torch.where(failed, torch.zeros_like(o) if k is None else k, o))
 
 
 def solve(
@@ -89,9 +105,7 @@ def solve(
     return weights.to(gram.device), torch.tensor(int(status), dtype=torch.int32, device=gram.device)
 
 
-def loss_scales(
-    rule: str, losses: Tensor, per_task: Tensor | None, options: Sequence[float]
-) -> tuple[Tensor, Tensor]:
+def loss_scales(rule: str, losses: Tensor, per_task: Tensor | None, options: Sequence[float]) -> tuple[Tensor, Tensor]:
     values = losses.double().cpu()
     status, scales = Status(0), torch.full_like(values, torch.nan)
     if not values.isfinite().all():
@@ -101,9 +115,3 @@ def loss_scales(
         if scales.isnan().any():
             status, scales = Status.NON_POSITIVE_LOSS, torch.full_like(values, torch.nan)
     return scales.to(losses), torch.tensor(int(status), dtype=torch.int32, device=losses.device)
-
-
-def rollback_(out: Sequence[Tensor], kept: OptionalTensors, status: Tensor) -> None:
-    failed = (status & int(Status.NON_FINITE)) != 0
-    for o, k in zip(out, kept, strict=True):
-        o.copy_(torch.where(failed, torch.zeros_like(o) if k is None else k, o))

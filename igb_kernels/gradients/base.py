@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from igb_kernels import ops
+from igb_kernels.backends import Backend
 from igb_kernels.losses import LossBalancer, Unscaled
 
 
@@ -38,7 +39,7 @@ class GradientBalancer:
         self._next_state: Tensor | None = None
 
     def options(self) -> dict[str, float]:
-        """The method's options for `ops.solve`."""
+        """The method's options, in the order in which it was registered."""
         return {}
 
     def needs(self) -> Needs:
@@ -58,24 +59,22 @@ class GradientBalancer:
         if self.state is None:
             self.state = ops.SOLVERS[self.name].new_state(tasks, device, **self.options())
 
-    def solve(
-        self, gram: Tensor, losses: Tensor | None = None, scales: Tensor | None = None, backend: str = "auto"
-    ) -> tuple[Tensor, Tensor]:
+    def solve(self, measured: Tensor, losses: Tensor, scales: Tensor, backend: Backend) -> tuple[Tensor, Tensor]:
         """Weights and status of this step. `commit` then advances the state, unless the step is not finite.
 
         Args:
-            gram: of the scaled gradients, [K, K]; or their squared norms [K].
-            losses: raw losses [K], for methods that use them.
+            measured: the Gramian of the scaled gradients [K, K], or their squared norms [K].
+            losses: raw losses [K].
             scales: loss scales [K].
 
         Returns:
             weights [K], float64, and status, int32 [].
         """
-        return self._solve(gram, None, backend)
+        return self._solve(measured, None, backend)
 
-    def _solve(self, gram: Tensor, losses: Tensor | None, backend: str) -> tuple[Tensor, Tensor]:
+    def _solve(self, measured: Tensor, losses: Tensor | None, backend: Backend) -> tuple[Tensor, Tensor]:
         self._next_state = None if self.state is None else self.state.clone()
-        return ops.solve(self.name, gram, losses, state=self._next_state, backend=backend, **self.options())
+        return backend.solve(self.name, measured, losses, list(self.options().values()), self._next_state)
 
     def running_weight(self, sq_norm: Tensor) -> Tensor:
         """f(‖g_k‖) of `Needs.RUNNING_NORMS`, [1], from the squared norm [1]."""
@@ -89,7 +88,7 @@ class GradientBalancer:
         """The weights [K] of a step that needs `Needs.HELD`."""
         raise NotImplementedError(f"{self.name} does not need HELD")
 
-    def solve_held(self, sq_norm: Tensor, backend: str = "auto") -> tuple[Tensor, Tensor]:
+    def solve_held(self, sq_norm: Tensor, backend: Backend) -> tuple[Tensor, Tensor]:
         """Factor [1] and status for Σ_k held_weights_k g_k, from its squared norm [1]."""
         raise NotImplementedError(f"{self.name} does not need HELD")
 

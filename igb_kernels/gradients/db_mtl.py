@@ -106,4 +106,3 @@ def _reference(
     if not tasks.any:
         return torch.ones_like(norms), tasks.status
     return torch.where(tasks.active, weights, 0.0), tasks.status
-

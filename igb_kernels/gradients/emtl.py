@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from igb_kernels import ops
+from igb_kernels.backends import Backend
 from igb_kernels.gradients._reference import measure
 from igb_kernels.gradients.base import GradientBalancer, Needs, check_number
 from igb_kernels.status import Status
@@ -28,7 +29,7 @@ class EMTL(GradientBalancer):
     Args:
         lam: strength of the variance term; 0 is plain gradient normalisation, up to 1 no weight is negative, above
             that negative weights are cut to 0.
-        scale: m, the length given to each gradient before the variance term: "mean" or "max" of the norms, or "none" (1).
+        scale: m, the length of each gradient before the variance term: "mean" or "max" of the norms, or "none" (1).
         lower: a number or K numbers: the losses' lowest reachable values, subtracted first.
     """
 
@@ -43,6 +44,7 @@ class EMTL(GradientBalancer):
         self.lower = torch.as_tensor(lower, dtype=torch.float64)
         if self.lower.dim() > 1 or not bool(self.lower.isfinite().all()):
             raise ValueError(f"lower must be a finite number or one for each task, found {lower!r}")
+        self._has_lower = bool((self.lower != 0).any())
 
     def options(self) -> dict[str, float]:
         return {"lam": self.lam, "scale": float(SCALES.index(self.scale))}
@@ -56,16 +58,10 @@ class EMTL(GradientBalancer):
             raise ValueError(f"lower must be one number or {tasks}, one for each task; found {len(self.lower)}")
         self.lower = self.lower.to(device)
 
-    def solve(
-        self, gram: Tensor, losses: Tensor | None = None, scales: Tensor | None = None, backend: str = "auto"
-    ) -> tuple[Tensor, Tensor]:
-        if losses is None:
-            raise ValueError("EMTL needs the losses, found None")
+    def solve(self, measured: Tensor, losses: Tensor, scales: Tensor, backend: Backend) -> tuple[Tensor, Tensor]:
         # The norms are of scaled gradients; the same scale on the losses makes r_k the raw ratio.
-        excess = (losses.double() - self.lower).clamp_min(0)
-        if scales is not None:
-            excess = excess * scales
-        return self._solve(gram, excess, backend)
+        excess = (losses.double() - self.lower).clamp_min(0) if self._has_lower else losses
+        return self._solve(measured, excess * scales, backend)
 
 
 @ops.register_solver("emtl", options={"lam": 0.5, "scale": 0.0}, needs_losses=True)

@@ -44,11 +44,15 @@ def _reference(
         return torch.full_like(tasks.norms, 1 / len(tasks.norms)), status
     cosines = unit_diagonal(gram, tasks)
     one = torch.ones(len(cosines), dtype=torch.float64)
-    tiny = 16 * len(one) * torch.finfo(torch.float64).eps
-    if float(torch.linalg.eigvalsh(cosines)[0]) <= tiny:
-        cosines = cosines + max(1e-12, tiny) * torch.eye(len(one), dtype=torch.float64)
+    smallest, rounding = float(torch.linalg.eigvalsh(cosines)[0]), 16 * len(one) * torch.finfo(torch.float64).eps
+    ridge = 0.0
+    while smallest + ridge <= rounding:
+        ridge = max(1e-8, rounding) if ridge == 0 else 1e3 * ridge
         status |= Status.PARETO_STATIONARY
-    v = torch.linalg.solve(cosines, one) / tasks.norms[tasks.active]
+    v = torch.zeros_like(one)
+    for _ in range(3):  # the solve, and two refinements that remove the ridge's bias
+        v = v + torch.linalg.solve(cosines + ridge * torch.eye(len(one), dtype=torch.float64), one - cosines @ v)
+    v = v / tasks.norms[tasks.active]
     total = v.sum()
     if total.abs() < 1e-12 * v.abs().sum():
         return torch.zeros_like(tasks.norms), status | Status.PARETO_STATIONARY

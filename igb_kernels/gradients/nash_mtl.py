@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from igb_kernels import ops
+from igb_kernels.backends import Backend
 from igb_kernels.gradients._reference import measure, unit_diagonal
 from igb_kernels.gradients.base import GradientBalancer, Needs, check_number
 from igb_kernels.status import Status
@@ -51,11 +52,11 @@ class NashMTL(GradientBalancer):
         assert self.state is not None, "start() comes first"
         return self.state
 
-    def solve_held(self, sq_norm: Tensor, backend: str = "auto") -> tuple[Tensor, Tensor]:
+    def solve_held(self, sq_norm: Tensor, backend: Backend) -> tuple[Tensor, Tensor]:
         self._next_state = self.state
         # To clip one gradient is to bargain with a single task whose weight is held at 1.
         one = torch.ones_like(sq_norm)
-        return ops.solve(self.name, sq_norm.reshape(1, 1), state=one, backend=backend, max_norm=self.max_norm, hold=1)
+        return backend.solve(self.name, sq_norm.reshape(1, 1), None, [self.max_norm, 1.0], one)
 
     def commit(self) -> None:
         super().commit()

@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from igb_kernels import ops
+from igb_kernels.backends import Backend
 
 
 class LossBalancer:
@@ -23,19 +23,19 @@ class LossBalancer:
         """Called at the first step with the number of tasks and the losses' device."""
 
     def options(self) -> dict[str, float]:
-        """The rule's options for `ops.loss_scales`."""
+        """The rule's options, in the order in which it was registered."""
         return {}
 
     def per_task(self) -> Tensor | None:
         """The rule's values per task [K], or None."""
         return None
 
-    def scales(self, losses: Tensor, backend: str = "auto") -> tuple[Tensor, Tensor]:
+    def scales(self, losses: Tensor, backend: Backend) -> tuple[Tensor, Tensor]:
         """Scales [K] in the losses' dtype and the status, int32 []. Changes no state."""
-        return ops.loss_scales(self.name, losses, self.per_task(), backend=backend, **self.options())
+        return backend.loss_scales(self.name, losses, self.per_task(), list(self.options().values()))
 
-    def commit(self, losses: Tensor, status: Tensor) -> None:
-        """Takes a finished step's losses [K] into account, unless its status says NON_FINITE."""
+    def commit(self, losses: Tensor, scales: Tensor, status: Tensor) -> None:
+        """Takes a finished step's losses and scales [K] into account, unless its status says NON_FINITE."""
 
     def end_epoch(self) -> None:
         """Called by `Balancer.end_epoch`."""

@@ -78,7 +78,7 @@ class IGBv1(LossBalancer):
             return False
         return self._recorded_steps < self.steps if self.steps is not None else self._epoch == self.base_epoch
 
-    def commit(self, losses: Tensor, status: Tensor) -> None:
+    def commit(self, losses: Tensor, scales: Tensor, status: Tensor) -> None:
         if not self._is_recording:
             return
         assert self._sum is not None

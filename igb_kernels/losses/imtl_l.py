@@ -39,14 +39,16 @@ class IMTLL(LossBalancer):
         if len(self.log_scales) != tasks:
             raise ValueError(f"num_tasks must be the number of losses, {tasks}; found {len(self.log_scales)}")
         if self.log_scales.device != device:
-            raise ValueError(f"IMTLL's parameter must be on the losses' device, {device}; it is on {self.log_scales.device}")
+            raise ValueError(
+                f"IMTLL's parameter must be on the losses' device, {device}; it is on {self.log_scales.device}"
+            )
 
     def per_task(self) -> Tensor | None:
         return self.log_scales.detach()
 
-    def commit(self, losses: Tensor, status: Tensor) -> None:
-        gradient = (self.scales(losses)[0] * losses - 1).to(self.log_scales.dtype)
-        self.log_scales.grad = gradient if self.log_scales.grad is None else self.log_scales.grad + gradient
+    def commit(self, losses: Tensor, scales: Tensor, status: Tensor) -> None:
+        gradient = (scales * losses - 1).to(self.log_scales.dtype)
+        self.log_scales.grad = gradient if self.log_scales.grad is None else self.log_scales.grad.add_(gradient)
 
     def parameters(self) -> list[torch.nn.Parameter]:
         return [self.log_scales]
