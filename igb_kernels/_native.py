@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib import import_module
 from types import ModuleType
 
 import torch  # noqa: F401  (its OpenMP runtime must be loaded before ours is looked up: one thread pool, not two)
@@ -10,9 +11,7 @@ module: ModuleType | None
 reason: str | None
 
 try:
-    from igb_kernels import _C
-
-    module, reason = _C, None
+    module, reason = import_module("igb_kernels._C"), None
 except ImportError as error:
     module = None
     reason = (

@@ -1,0 +1,48 @@
+# Everything starts from a bare checkout: each target first makes .venv with what it needs.
+#   make demo    train on QM9 (ARGS="--epochs 5" passes flags on)
+#   make test    lint, types, C++ and Python tests
+#   make bench   benchmarks against PyTorch and the copy floor
+#   make build   rebuild the compiled module in place after a change in csrc
+
+PYTHON ?= python3
+VENV := .venv
+PY := $(VENV)/bin/python
+PIP := $(PY) -m pip --disable-pip-version-check
+ARGS ?=
+
+.PHONY: demo test bench build lint clean
+
+demo: $(VENV)/demo
+	$(PY) examples/qm9/train.py $(ARGS)
+
+test: build lint
+	$(PY) -m pytest $(ARGS)
+
+bench: build
+	$(PY) -m benchmarks $(ARGS)
+
+build: $(VENV)/dev
+	$(PY) setup.py --quiet build_ext --inplace
+
+lint: $(VENV)/dev
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m mypy
+
+# The stamp files stand for what is installed; a change in the dependencies installs again.
+$(VENV)/tools: constraints.txt pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) install --quiet --upgrade pip
+	$(PIP) install --quiet -c constraints.txt torch numpy "setuptools>=77" pybind11 "cmake>=3.24" ninja
+	touch $@
+
+$(VENV)/demo: $(VENV)/tools
+	$(PIP) install --quiet -c constraints.txt --no-build-isolation --editable ".[demo]"
+	touch $@
+
+$(VENV)/dev: $(VENV)/tools
+	$(PIP) install --quiet -c constraints.txt --no-build-isolation --editable ".[demo,dev]"
+	touch $@
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info igb_kernels/_C*.so
