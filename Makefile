@@ -9,6 +9,7 @@ VENV := .venv
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check
 ARGS ?=
+RESULTS ?= benchmarks/results/latest.json
 
 .PHONY: demo test bench build lint clean
 
@@ -19,7 +20,7 @@ test: build lint
 	$(PY) -m pytest $(ARGS)
 
 bench: build
-	$(PY) -m benchmarks $(ARGS)
+	$(PY) -m pytest benchmarks --benchmark-enable --benchmark-columns=median,iqr,rounds --benchmark-json=$(RESULTS) $(ARGS)
 
 build: $(VENV)/dev
 	$(PY) setup.py --quiet build_ext --inplace

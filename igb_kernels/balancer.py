@@ -14,7 +14,7 @@ from igb_kernels.gradients import METHODS, Equal, GradientBalancer, Needs
 from igb_kernels.losses import RULES, LossBalancer
 from igb_kernels.ops import DTYPES
 from igb_kernels.result import BalanceResult
-from igb_kernels.store import AverageBanks, AveragedGradients, KeptGradients, RunningSum, TaskGradients
+from igb_kernels.store import AveragedGradients, KeptGradients, MovingAverages, RunningSum, TaskGradients
 
 HEADS = ("scaled", "weighted")
 
@@ -71,7 +71,7 @@ class Balancer:
         self._run = resolve(backend, self.shared[0].device.type)
         self._tasks: int | None = None
         self._names: tuple[str, ...] | None = None
-        self._averages = AverageBanks()
+        self._averages = MovingAverages()
         self._head_leaves: list[Tensor] = []
 
     def backward(self, losses: Losses, *, retain_graph: bool = False) -> BalanceResult:
@@ -185,7 +185,7 @@ class Balancer:
             "method": [self.losses.name, self.gradients.name],
             "losses": self.losses.state_dict(),
             "gradients": self.gradients.state_dict(),
-            "averages": [list(row) for row in self._averages.current],
+            "averages": [list(row) for row in self._averages.current.rows],
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -209,7 +209,7 @@ class Balancer:
         self._names = None if state["names"] is None else tuple(state["names"])
         self.losses.load_state_dict(state["losses"])
         self.gradients.load_state_dict(state["gradients"])
-        self._averages = AverageBanks(
+        self._averages = MovingAverages(
             [
                 [None if a is None else a.to(p.device) for a, p in zip(row, self.shared, strict=True)]
                 for row in state["averages"]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -39,14 +38,16 @@ class TaskGradients:
     def commit(self, status: Tensor) -> None:
         """Keeps for the next step what outlives this one, unless the status says NON_FINITE."""
 
-    def _write(self, rows: Grads, tasks: int, table: Table, weights: Tensor, previous: Grads, reuse: bool) -> None:
-        """Adds the weighted sum of `rows` to `previous`, or writes it: over a column's first row with `reuse`."""
-        out = []
-        for p, old, column in zip(self.params, previous, table.columns, strict=True):
+    def _write(
+        self, rows: Grads, tasks: int, table: Table, weights: Tensor, previous: Grads, buffers: OptionalTensors
+    ) -> None:
+        """Adds the weighted sum of `rows` to `previous`, or writes it, where possible over `buffers`."""
+        out: Grads = []
+        for p, old, column, buffer in zip(self.params, previous, table.columns, buffers, strict=True):
             if old is not None or column is None:
                 out.append(old)
             else:
-                out.append(column if reuse and column.dtype is p.dtype else torch.empty_like(p))
+                out.append(buffer if buffer is not None and buffer.dtype is p.dtype else torch.empty_like(p))
         if all(old is None for old in previous) and all(column is not None for column in table.columns):
             self.backend.combine_(self.backend.Table(out, 1, table.columns), table, weights, False)
         else:
@@ -62,10 +63,12 @@ class TaskGradients:
         for accumulate in (False, True):
             columns = [p for p in range(params) if reached[p] is not None and (previous[p] is not None) == accumulate]
             if columns:
-                target = self.backend.Table([out[p] for p in columns], 1)
+                target = [buffer for p in columns if (buffer := out[p]) is not None]
                 chosen = [rows[k * params + p] for k in range(tasks) for p in columns]
-                table = self.backend.Table(chosen, tasks, target.columns)
-                self.backend.combine_(target, table, weights, accumulate)
+                out_table = self.backend.Table(target, 1)
+                table = self.backend.Table(chosen, tasks, out_table.columns)
+                self.backend.combine_(out_table, table, weights, accumulate)
+                torch.autograd.graph.increment_version(target)
 
 
 class KeptGradients(TaskGradients):
@@ -93,72 +96,84 @@ class KeptGradients(TaskGradients):
         return self.backend.gram(self._as_table(), self._tasks)
 
     def write(self, weights: Tensor, previous: Grads) -> None:
-        self._write(self._rows, self._tasks, self._as_table(), weights, previous, reuse=True)
+        table = self._as_table()
+        self._write(self._rows, self._tasks, table, weights, previous, buffers=table.columns)
 
 
-@dataclass
-class AverageBanks:
-    """K rows of moving averages that outlive the step, and a second set of buffers for the next ones.
+class Bank:
+    """K rows of moving averages, None where no gradient has come yet, and their tables: the buffers stay in place."""
+
+    def __init__(self, rows: Sequence[Grads] = ()) -> None:
+        self.rows = [list(row) for row in rows]
+        self._tables: dict[int, Table] = {}
+
+    def row(self, task: int, params: int) -> Grads:
+        if task == len(self.rows):
+            self.rows.append([None] * params)
+        return self.rows[task]
+
+    def flat(self) -> Grads:
+        return [average for row in self.rows for average in row]
+
+    def table(self, backend: Backend, task: int | None = None) -> Table:
+        """The table of one task's row, or of all rows."""
+        key = -1 if task is None else task
+        if key not in self._tables:
+            tensors, tasks = (self.flat(), len(self.rows)) if task is None else (self.rows[task], 1)
+            self._tables[key] = backend.Table(tensors, tasks)
+        return self._tables[key]
+
+    def allocate(self, task: int, p: int, like: Tensor) -> None:
+        self.rows[task][p] = torch.empty_like(like, dtype=accumulator_dtype(like.dtype))
+        self._tables.clear()
+
+
+class MovingAverages:
+    """What outlives the step: the current averages, and a second set of buffers for the next ones.
 
     A step reads `current` and writes `spare`; the two change places when it is done. So a step that raises leaves the
-    averages as they were, and one that turns out non-finite can put them back without a host sync. An average is None
-    until a gradient reaches its parameter.
+    averages as they were, and one that turns out non-finite can put them back without a host sync.
     """
 
-    current: list[Grads] = field(default_factory=list)
-    spare: list[Grads] = field(default_factory=list)
-    tables: dict[int, Table] = field(default_factory=dict)
-    """The rows' tables by the rows' identity: the buffers stay where they are."""
+    def __init__(self, rows: Sequence[Grads] = ()) -> None:
+        self.current, self.spare = Bank(rows), Bank()
 
-    def rows(self, task: int, params: int) -> tuple[Grads, Grads]:
-        """Task's row of `current` and of `spare`."""
-        for bank in (self.current, self.spare):
-            if len(bank) == task:
-                bank.append([None] * params)
-        return self.current[task], self.spare[task]
-
-    def table(self, row: Grads, backend: Backend) -> Table:
-        if id(row) not in self.tables:
-            self.tables[id(row)] = backend.Table(row, 1)
-        return self.tables[id(row)]
-
-    def forget_table(self, row: Grads) -> None:
-        self.tables.pop(id(row), None)
+    def commit(self, status: Tensor, backend: Backend) -> None:
+        backend.rollback_(self.spare.flat(), self.current.flat(), status)
+        self.current, self.spare = self.spare, self.current
 
 
 class AveragedGradients(TaskGradients):
     """Moving averages in the rows' place, updated and measured in one pass right after each backward pass, while the
     gradient is in the cache and before the next one needs memory."""
 
-    def __init__(self, params: Sequence[Tensor], backend: Backend, banks: AverageBanks, decay: Tensor) -> None:
+    def __init__(self, params: Sequence[Tensor], backend: Backend, averages: MovingAverages, decay: Tensor) -> None:
         super().__init__(params, backend)
-        self._banks, self._decay = banks, decay
+        self._averages, self._decay = averages, decay
         self._norms: list[Tensor] = []
+        self._done: Grads = []
 
     def add(self, grads: Grads) -> None:
-        banks, backend = self._banks, self.backend
-        old, new = banks.rows(len(self._norms), len(self.params))
-        for p, (grad, average) in enumerate(zip(grads, old, strict=True)):
-            if new[p] is None and (grad is not None or average is not None):
-                new[p] = torch.empty_like(self.params[p], dtype=accumulator_dtype(self.params[p].dtype))
-                banks.forget_table(new)
-        out = banks.table(new, backend)
-        row = backend.Table(grads, 1, out.columns)
-        self._norms.append(backend.ema_(out, banks.table(old, backend), row, self._decay, 1))
+        task, current, spare = len(self._norms), self._averages.current, self._averages.spare
+        old, new = (bank.row(task, len(self.params)) for bank in (current, spare))
+        for p, grad in enumerate(grads):
+            if new[p] is None and (grad is not None or old[p] is not None):
+                spare.allocate(task, p, self.params[p])
+        out = spare.table(self.backend, task)
+        row = self.backend.Table(grads, 1, out.columns)
+        self._norms.append(self.backend.ema_(out, current.table(self.backend, task), row, self._decay, 1))
+        self._done = grads
 
     def sq_norms(self) -> Tensor:
         return torch.cat(self._norms)
 
     def write(self, weights: Tensor, previous: Grads) -> None:
-        tasks = len(self._norms)
-        rows = [average for row in self._banks.spare for average in row]
-        self._write(rows, tasks, self.backend.Table(rows, tasks), weights, previous, reuse=False)
+        spare = self._averages.spare
+        # The last gradient has gone into its average: the sum is written over it.
+        self._write(spare.flat(), len(spare.rows), spare.table(self.backend), weights, previous, buffers=self._done)
 
     def commit(self, status: Tensor) -> None:
-        banks = self._banks
-        for old, new in zip(banks.current, banks.spare, strict=True):
-            self.backend.rollback_(new, old, status)
-        banks.current, banks.spare = banks.spare, banks.current
+        self._averages.commit(status, self.backend)
 
 
 class RunningSum(TaskGradients):
@@ -199,4 +214,4 @@ class RunningSum(TaskGradients):
 
     def write(self, weights: Tensor, previous: Grads) -> None:
         table = self.backend.Table(self._sum, 1)
-        self._write(self._sum, 1, table, self._factor(self.sq_norms()), previous, reuse=True)
+        self._write(self._sum, 1, table, self._factor(self.sq_norms()), previous, buffers=self._sum)

@@ -18,6 +18,8 @@ RULES: dict[str, int] = _C.loss_rules
 
 _DTYPE_CODES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 
+_NON_FINITE = int(Status.NON_FINITE)
+
 OptionalTensors = Sequence[Tensor | None]
 
 
@@ -116,7 +118,7 @@ def combine_(out: Table, grads: Table, weights: Tensor, accumulate: bool) -> Non
 
 
 def rollback_(out: Sequence[Tensor | None], kept: OptionalTensors, status: Tensor) -> None:
-    if not int(status) & Status.NON_FINITE:
+    if not int(status) & _NON_FINITE:
         return
     for o, k in zip(out, kept, strict=True):
         if o is not None:

@@ -13,6 +13,8 @@ from igb_kernels.losses.base import LossBalancer
 from igb_kernels.losses.log import TINY, nan_where_negative
 from igb_kernels.status import Status
 
+NON_FINITE = int(Status.NON_FINITE)
+
 
 class IGBv1(LossBalancer):
     """Weights log losses by how far each task still is from its base loss.
@@ -82,9 +84,9 @@ class IGBv1(LossBalancer):
         if not self._is_recording:
             return
         assert self._sum is not None
-        finite = (status & int(Status.NON_FINITE)) == 0
+        finite = (status & NON_FINITE) == 0
         entry = torch.cat([losses.double(), losses.new_ones(1, dtype=torch.float64)])  # the last counts the steps
-        self._sum += torch.where(finite, entry, 0.0)
+        self._sum = self._sum + torch.where(finite, entry, 0.0)
         self._recorded_steps += 1
         if self._recorded_steps == self.steps:
             self._take_base()

@@ -1,0 +1,51 @@
+"""What people write in plain PyTorch today: flatten K gradients to a matrix, and let torch do the rest."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def flatten(rows: list[list[Tensor]]) -> Tensor:
+    return torch.stack([torch.cat([g.flatten() for g in row]) for row in rows])
+
+
+def unflatten(flat: Tensor, like: list[Tensor]) -> list[Tensor]:
+    parts = flat.split([t.numel() for t in like])
+    return [part.view_as(t) for part, t in zip(parts, like, strict=True)]
+
+
+def gram(rows: list[list[Tensor]]) -> Tensor:
+    jacobian = flatten(rows)
+    return jacobian @ jacobian.T
+
+
+def combine(rows: list[list[Tensor]], weights: Tensor) -> list[Tensor]:
+    return unflatten(weights.to(rows[0][0].dtype) @ flatten(rows), rows[0])
+
+
+def gram_and_combine(rows: list[list[Tensor]], weights: Tensor) -> list[Tensor]:
+    jacobian = flatten(rows)
+    gram = jacobian @ jacobian.T
+    return unflatten((weights + 0 * gram[0]).to(jacobian.dtype) @ jacobian, rows[0])
+
+
+def ema_norms(state: Tensor, rows: list[list[Tensor]], decay: float) -> tuple[Tensor, Tensor]:
+    """DB-MTL's moving average and row norms, as LibMTL forms them."""
+    jacobian = flatten(rows)
+    state = jacobian + decay * (state - jacobian)
+    return state, state.norm(dim=-1)
+
+
+def step(losses: list[Tensor], shared: list[Tensor], weights_of: object) -> None:
+    """A balanced step by flattening; `weights_of` maps the Gramian to weights."""
+    rows = []
+    for k, loss in enumerate(losses):
+        loss.backward(retain_graph=k + 1 < len(losses))
+        rows.append([p.grad.clone() for p in shared])
+        for p in shared:
+            p.grad = None
+    jacobian = flatten(rows)
+    weights = weights_of(jacobian @ jacobian.T)
+    for p, g in zip(shared, unflatten(weights.to(jacobian.dtype) @ jacobian, shared), strict=True):
+        p.grad = g

@@ -1,0 +1,65 @@
+"""The whole balanced step against the K bare backward passes that it contains."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+import igb_kernels as igb
+from benchmarks import eager
+from benchmarks.models import MODELS, Task
+
+METHODS: dict[str, Callable[[], igb.Balancer]] = {
+    "igb_v1+nash_mtl": lambda: igb.NashMTL(),
+    "igb_v1+imtl_g": lambda: igb.IMTLG(),
+    "igb_v1+emtl": lambda: igb.EMTL(),
+    "db_mtl": lambda: igb.DBMTL(beta=0.9),
+    "db_mtl-beta0": lambda: igb.DBMTL(beta=0.0),
+}
+ROUNDS = {"mlp-33k": 400, "mlp-5.8m": 20, "cnn-4.7m": 20}
+
+
+def bare_passes(losses: list[Tensor], task: Task) -> None:
+    """K backward passes that keep nothing: what no exact method can do without."""
+    for k, loss in enumerate(losses):
+        loss.backward(retain_graph=k + 1 < len(losses))
+        for p in task.shared:
+            p.grad = None
+
+
+@pytest.mark.parametrize("tasks", [3, 8])
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("method", METHODS)
+def test_step(compare, method: str, model: str, tasks: int) -> None:
+    task = MODELS[model](tasks)
+    base = [1.0] * tasks
+    rule = igb.IGBv1(base_losses=base) if method.startswith("igb_v1") else None
+    ours = igb.Balancer(METHODS[method](), rule, shared=task.shared)
+    reference = igb.Balancer(
+        METHODS[method](), igb.IGBv1(base_losses=base) if rule else None, shared=task.shared, backend="reference"
+    )
+
+    def grads_of(balancer: igb.Balancer) -> Tensor:
+        task.zero_grad()
+        balancer.backward(task.losses())
+        return torch.cat([p.grad.flatten() for p in task.shared])
+
+    agreement = torch.nn.functional.cosine_similarity(grads_of(ours), grads_of(reference), dim=0)
+    assert float(agreement) > 1 - 1e-4, "a speed is worth nothing where the results disagree"
+
+    def setup() -> tuple[list[Tensor]]:
+        task.zero_grad()
+        return (task.losses(),)
+
+    def weights_of(gram: Tensor) -> Tensor:
+        return igb.ops.solve("imtl_g", gram.double())[0]
+
+    rivals = {
+        "bare passes": lambda losses: bare_passes(losses, task),
+        "eager": lambda losses: eager.step(losses, task.shared, weights_of),
+        "reference": reference.backward,
+    }
+    compare(ours.backward, rivals, rounds=ROUNDS[model], setup=setup)
