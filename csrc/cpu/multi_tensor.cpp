@@ -37,10 +37,11 @@ struct Chunk {
   std::int64_t param, offset, size;
 };
 
-// Long enough to amortise the sums at its end, short enough that K rows of it stay in the second-level cache.
-std::int64_t chunk_size(int tasks) {
-  constexpr std::int64_t kCachedElements = 32768, kLongest = 4096, kShortest = 512;
-  return std::clamp(kCachedElements / tasks / 512 * 512, kShortest, kLongest);
+// In bytes of one row: long enough that the hardware's prefetching and the sums at a chunk's end cost little, short
+// enough that K rows of it stay in the second-level cache.
+std::int64_t chunk_bytes(int tasks) {
+  constexpr std::int64_t kCached = 512 << 10, kLongest = 32 << 10, kShortest = 4 << 10;
+  return std::clamp(kCached / tasks / kShortest * kShortest, kShortest, kLongest);
 }
 
 // Enough blocks to share out evenly, few enough that their K×K sums stay small.
@@ -52,19 +53,19 @@ constexpr std::int64_t kElementsWorthAThread = 262144;  // 1 MiB of float32: mic
 
 class Partition {
  public:
-  explicit Partition(const TensorTable& table) : chunk_size_(chunk_size(table.tasks)) {
+  explicit Partition(const TensorTable& table) {
+    const std::int64_t bytes = chunk_bytes(table.tasks);
     chunks_.clear();
     for (std::int64_t p = 0; p < table.params; ++p) {
-      for (std::int64_t at = 0; at < table.numel[p]; at += chunk_size_)
-        chunks_.push_back({p, at, std::min(chunk_size_, table.numel[p] - at)});
+      const std::int64_t size = bytes / element_size(table.dtype[p]);
+      for (std::int64_t at = 0; at < table.numel[p]; at += size)
+        chunks_.push_back({p, at, std::min(size, table.numel[p] - at)});
       elements_ += table.numel[p] * table.tasks;
     }
     blocks_ = int(std::min(most_blocks(table.tasks), std::int64_t(chunks_.size())));
   }
 
   int blocks() const { return blocks_; }
-  std::int64_t longest_chunk() const { return chunk_size_; }
-
   // body(block, chunk) for every chunk of every block: blocks in any order, the chunks of one in sequence.
   template <class Body> void for_each(int threads, Body&& body) const {
     const auto useful = std::min<std::int64_t>(blocks_, 1 + elements_ / kElementsWorthAThread);
@@ -84,7 +85,7 @@ class Partition {
  private:
   // Kept between calls, like the buffers below: a step on a small model should not allocate.
   static thread_local std::vector<Chunk> chunks_;
-  std::int64_t chunk_size_, elements_ = 0;
+  std::int64_t elements_ = 0;
   int blocks_;
 };
 thread_local std::vector<Chunk> Partition::chunks_;
@@ -187,7 +188,7 @@ void combine(const TensorTable& out, const TensorTable& grads, const double* wei
     const PresentRows present(grads, chunk);
     double present_weights[kMaxTasks];
     for (int i = 0; i < present.count; ++i) present_weights[i] = weights[present.index[i]];
-    void* const scratch = thread_buffer<Scratch>(sizeof(double) * partition.longest_chunk());
+    void* const scratch = thread_buffer<Scratch>(sizeof(double) * chunk.size);
     chosen->combine(grads.dtype[chunk.param], out.dtype[chunk.param], at(out, 0, chunk), present.rows,
                     present_weights, present.count, std::size_t(chunk.size), accumulate, scratch);
   });
