@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable
 from typing import Any
 
@@ -12,8 +13,9 @@ from igb_kernels.backends import resolve
 from igb_kernels.capture import GradsSetAside, Losses, TaskLosses, joint_pass, leaves, take_grads, task_passes
 from igb_kernels.gradients import METHODS, Equal, GradientBalancer, Needs
 from igb_kernels.losses import RULES, LossBalancer
-from igb_kernels.ops import DTYPES
+from igb_kernels.ops import DTYPES, accumulator_dtype
 from igb_kernels.result import BalanceResult
+from igb_kernels.status import Status
 from igb_kernels.store import AveragedGradients, KeptGradients, MovingAverages, RunningSum, TaskGradients
 
 HEADS = ("scaled", "weighted")
@@ -72,7 +74,7 @@ class Balancer:
         self._tasks: int | None = None
         self._names: tuple[str, ...] | None = None
         self._averages = MovingAverages()
-        self._head_leaves: list[Tensor] = []
+        self._head_leaves: list[Tensor] | None = None
 
     def backward(self, losses: Losses, *, retain_graph: bool = False) -> BalanceResult:
         """Computes the balanced gradients and adds them to `.grad`; replaces `sum(losses).backward()`.
@@ -103,29 +105,28 @@ class Balancer:
             self._tasks, self._names = len(tasks), tasks.names
             self.losses.start(len(tasks), tasks.values.device)
             self.gradients.start(len(tasks), self.shared[0].device)
-            if self.heads == "scaled":
-                shared = {id(p) for p in self.shared}
-                self._head_leaves = [p for p in leaves(tasks) if isinstance(p, nn.Parameter) and id(p) not in shared]
         elif len(tasks) != self._tasks:
             raise ValueError(f"losses must hold {self._tasks} tasks as in earlier steps, found {len(tasks)}")
+        if self._head_leaves is None and self.heads == "scaled":
+            shared = {id(p) for p in self.shared}
+            self._head_leaves = [p for p in leaves(tasks) if isinstance(p, nn.Parameter) and id(p) not in shared]
 
     def _step(self, tasks: TaskLosses, retain_graph: bool) -> BalanceResult:
         scales, loss_status = self.losses.scales(tasks.values, self._run)
-        with GradsSetAside(self.shared) as shared, GradsSetAside(self.task_parameters or self._head_leaves) as heads:
+        head_params = self.task_parameters or self._head_leaves or []
+        with GradsSetAside(self.shared) as shared, GradsSetAside(head_params) as heads:
             needs = self.gradients.needs()
             if needs is Needs.NOTHING:
-                joint_pass(tasks, scales, retain_graph)
-                shared.add_back()
-                weights, status, measured = torch.ones_like(scales, dtype=torch.float64), loss_status, None
+                weights, status, measured = self._joint_pass(tasks, scales, retain_graph, shared, heads)
             elif needs is Needs.HELD and self.heads == "weighted":
                 weights, status, measured = self._held_pass(tasks, scales, retain_graph, shared, heads)
             else:
                 weights, status, measured = self._task_passes(tasks, scales, retain_graph, shared, heads)
-            if self.heads == "scaled":
-                heads.add_back()
+                if self.heads == "scaled":
+                    heads.add_back()
         status = status | loss_status
         self.losses.commit(tasks.values, scales, status)
-        self.gradients.commit()
+        self.gradients.commit(status)
         return BalanceResult(tasks.names, tasks.values, scales, weights, status, measured)
 
     def _task_passes(
@@ -135,8 +136,9 @@ class Balancer:
         rows, head_rows = self._rows(), KeptGradients(self.task_parameters, self._run)
         for grads in task_passes(tasks, scales, self.shared, retain_graph):
             rows.add(grads)
+            del grads  # a store that does not keep them frees their memory for the next pass
             if self.task_parameters:
-                head_rows.add(take_grads(self.task_parameters))
+                head_rows.add(take_grads(self.task_parameters, "task_parameters"))
         uses_gram = self.gradients.needs() in (Needs.GRAM, Needs.HELD)
         measured = rows.gram() if uses_gram else rows.sq_norms()
         weights, status = self.gradients.solve(measured, tasks.values, scales, self._run)
@@ -146,6 +148,18 @@ class Balancer:
         rows.commit(status)
         return weights, status, measured
 
+    def _joint_pass(
+        self, tasks: TaskLosses, scales: Tensor, retain_graph: bool, shared: GradsSetAside, heads: GradsSetAside
+    ) -> tuple[Tensor, Tensor, None]:
+        """One pass for all tasks, with weights 1; the gradients stay where autograd puts them."""
+        joint_pass(tasks, scales, retain_graph)
+        total = self._run.Table([p.grad for p in self.shared], 1)
+        _, status = self.gradients.solve(self._run.sq_norms(total, 1), tasks.values, scales, self._run)
+        shared.add_back()
+        heads.add_back()
+        # Of the sum of the gradients it is only known whether it is finite.
+        return torch.ones_like(scales, dtype=torch.float64), status & int(Status.NON_FINITE), None
+
     def _held_pass(
         self, tasks: TaskLosses, scales: Tensor, retain_graph: bool, shared: GradsSetAside, heads: GradsSetAside
     ) -> tuple[Tensor, Tensor, None]:
@@ -154,7 +168,7 @@ class Balancer:
         joint_pass(tasks, scales * weights.to(scales.dtype), retain_graph)
         rows, head_rows = (KeptGradients(params, self._run) for params in (self.shared, self.task_parameters))
         rows.add(take_grads(self.shared))
-        head_rows.add(take_grads(self.task_parameters))
+        head_rows.add(take_grads(self.task_parameters, "task_parameters"))
         factor, status = self.gradients.solve_held(rows.sq_norms(), self._run)
         rows.write(factor, shared.previous)
         head_rows.write(factor, heads.previous)
@@ -199,19 +213,19 @@ class Balancer:
                 f"the state is of {'+'.join(state['method'])}, "
                 f"this balancer is {self.losses.name}+{self.gradients.name}"
             )
+        expected = [(tuple(p.shape), accumulator_dtype(p.dtype)) for p in self.shared]
         for row in state["averages"]:
-            shapes = [None if average is None else tuple(average.shape) for average in row]
-            if len(row) != len(self.shared) or any(
-                shape not in (None, tuple(p.shape)) for shape, p in zip(shapes, self.shared, strict=True)
-            ):
-                raise ValueError(f"the state's moving averages do not fit the shared parameters: shapes {shapes}")
-        self._tasks = state["tasks"]
-        self._names = None if state["names"] is None else tuple(state["names"])
+            found = [None if average is None else (tuple(average.shape), average.dtype) for average in row]
+            if len(found) != len(expected) or any(f not in (None, e) for f, e in zip(found, expected, strict=True)):
+                raise ValueError(f"the state's moving averages do not fit the shared parameters: {found}")
+        state = copy.deepcopy(state)  # the caller's tensors are not ours to write to
         self.losses.load_state_dict(state["losses"])
         self.gradients.load_state_dict(state["gradients"])
+        self._tasks = state["tasks"]
+        self._names = None if state["names"] is None else tuple(state["names"])
         self._averages = MovingAverages(
             [
-                [None if a is None else a.to(p.device) for a, p in zip(row, self.shared, strict=True)]
+                [None if average is None else average.to(p.device) for average, p in zip(row, self.shared, strict=True)]
                 for row in state["averages"]
             ]
         )

@@ -48,10 +48,10 @@ class TaskLosses:
                 raise TypeError(f"{self._label(k)} must be a tensor, found {type(loss).__name__}")
             if loss.numel() != 1:
                 raise ValueError(f"{self._label(k)} must be a scalar, found shape {tuple(loss.shape)}")
-            if not loss.requires_grad:
-                raise ValueError(f"{self._label(k)} must require grad: it does not depend on any parameter")
             if not loss.dtype.is_floating_point:
                 raise TypeError(f"{self._label(k)} must have a floating dtype, found {loss.dtype}")
+            if not loss.requires_grad:
+                raise ValueError(f"{self._label(k)} must require grad: it does not depend on any parameter")
             if loss.device != scalars[0].device:
                 raise ValueError(f"{self._label(k)} must be on {scalars[0].device} like the first, found {loss.device}")
         self.roots: list[Tensor | GradientEdge] = list(scalars)
@@ -66,12 +66,17 @@ class TaskLosses:
     def _read_vector(self, losses: Tensor) -> None:
         if losses.dim() != 1 or len(losses) == 0:
             raise ValueError(f"losses must be a 1-D tensor of at least one loss, found shape {tuple(losses.shape)}")
+        if not losses.dtype.is_floating_point:
+            raise TypeError(f"losses must have a floating dtype, found {losses.dtype}")
         if not losses.requires_grad or losses.grad_fn is None:
             raise ValueError("losses must require grad: they do not depend on any parameter")
         self.values = losses.detach()
         node: Node = losses.grad_fn
         edges = node.next_functions if node.name() == "StackBackward0" else ()
-        if len(edges) == len(losses) and all(function is not None for function, _ in edges):
+        for k, (function, _) in enumerate(edges):
+            if function is None:
+                raise ValueError(f"{self._label(k)} must require grad: it does not depend on any parameter")
+        if len(edges) == len(losses):
             # Each stacked scalar starts its own pass; through the stack node, every pass would run all K heads.
             self.roots = [GradientEdge(function, output) for function, output in edges if function is not None]
         else:
@@ -120,16 +125,16 @@ def joint_pass(losses: TaskLosses, scales: Tensor, retain_graph: bool) -> None:
         torch.autograd.backward(roots, losses.seeds(scales), retain_graph=retain_graph)
 
 
-def take_grads(params: Sequence[Tensor]) -> list[Tensor | None]:
+def take_grads(params: Sequence[Tensor], argument: str = "shared") -> list[Tensor | None]:
     """The parameters' gradients, which they lose."""
     grads = []
-    for k, p in enumerate(params):
+    for i, p in enumerate(params):
         grad = p.grad
         if grad is not None:
             if grad.layout is not torch.strided:
                 raise ValueError(
-                    f"the gradient of shared parameter {k}, of shape {tuple(p.shape)}, is sparse ({grad.layout}): "
-                    "sparse gradients are not supported yet; use sparse=False in its embedding"
+                    f"{argument}[{i}], of shape {tuple(p.shape)}, must get dense gradients, found a sparse one "
+                    f"({grad.layout}): use sparse=False in its embedding"
                 )
             p.grad = None
         grads.append(grad)

@@ -73,7 +73,7 @@ def register_solver(
 
     def register(function: reference.Solver) -> reference.Solver:
         SOLVERS[name] = Solver(name, options or {}, needs_gram, needs_losses, initial_state)
-        reference.SOLVERS[name] = function
+        reference.SOLVERS[name] = reference.KnownSolver(function, needs_gram, needs_losses)
         return function
 
     return register
@@ -216,6 +216,9 @@ def _ema_(
 ) -> Tensor:
     device = _check_rows("ema_", out, tasks, "out")
     _check_rows("ema_", grads, tasks)
+    for i, t in enumerate(out):
+        if t.dtype is not accumulator_dtype(t.dtype):
+            raise TypeError(f"ema_: out[{i}] must be float32 or float64, found {t.dtype}")
     _check_like("ema_", "out", out, grads, "accumulator")
     _check_like("ema_", "state", state, out, "accumulator")
     if decay.numel() != 1:
@@ -232,8 +235,9 @@ def _ema_(
 def _combine_(
     out: list[Tensor], grads: list[Tensor | None], weights: Tensor, accumulate: bool = False, backend: str = "auto"
 ) -> None:
-    device = _check_rows("combine_", grads, weights.numel())
     _check_vector("combine_", "weights", weights, (weights.numel(),))
+    _check_rows("combine_", grads, weights.numel())
+    device = _check_rows("combine_", out, 1, "out")
     for k in range(weights.numel()):
         _check_like("combine_", "out", out, grads[k * len(out) : (k + 1) * len(out)], "combined")
     run = resolve(backend, device.type)
@@ -340,11 +344,12 @@ registered = getattr(torch.ops, NAMESPACE)
 Rows = Tensor | Sequence[Row]
 
 
-def _flat(rows: Rows) -> tuple[list[Tensor | None], int]:
+def _flat(op: str, argument: str, rows: Rows) -> tuple[list[Tensor | None], int]:
     """Rows (or a K×D matrix) as one list in row-major order, and K."""
     nested: list[Row] = [[row] for row in rows.unbind()] if isinstance(rows, Tensor) else [list(row) for row in rows]
     if len({len(row) for row in nested}) > 1:
-        raise ValueError(f"every task must have the same number of tensors, found {[len(row) for row in nested]}")
+        lengths = [len(row) for row in nested]
+        raise ValueError(f"{op}: {argument} must hold the same number of tensors for every task, found {lengths}")
     return [t for row in nested for t in row], len(nested)
 
 
@@ -365,14 +370,14 @@ def gram(grads: Rows, *, backend: str = "auto") -> Tensor:
         J = torch.stack([torch.cat([g.double().flatten() for g in row]) for row in grads])
         J @ J.T
     """
-    flat, tasks = _flat(grads)
+    flat, tasks = _flat("gram", "grads", grads)
     result: Tensor = registered.gram(flat, tasks, backend)
     return result
 
 
 def sq_norms(grads: Rows, *, backend: str = "auto") -> Tensor:
     """The squared Euclidean norms of K gradients: the diagonal of `gram`, which see, at the cost of one pass."""
-    flat, tasks = _flat(grads)
+    flat, tasks = _flat("sq_norms", "grads", grads)
     result: Tensor = registered.sq_norms(flat, tasks, backend)
     return result
 
@@ -389,9 +394,10 @@ def ema_(out: Rows, state: Rows, grads: Rows, decay: float | Tensor, *, backend:
     Returns:
         Tensor [K], float64.
     """
-    flat_out, tasks = _flat(out)
+    flat_out, tasks = _flat("ema_", "out", out)
+    flat_state, flat_grads = _flat("ema_", "state", state)[0], _flat("ema_", "grads", grads)[0]
     decay = decay if isinstance(decay, Tensor) else torch.tensor(decay, dtype=torch.float64)
-    result: Tensor = registered.ema_(flat_out, _flat(state)[0], _flat(grads)[0], decay, tasks, backend)
+    result: Tensor = registered.ema_(flat_out, flat_state, flat_grads, decay, tasks, backend)
     return result
 
 
@@ -405,7 +411,7 @@ def combine_(
         grads: as in `gram`.
         weights: Tensor [K], floating.
     """
-    flat, tasks = _flat(grads)
+    flat, tasks = _flat("combine_", "grads", grads)
     _check_vector("combine_", "weights", weights, (tasks,))
     registered.combine_(list(out), flat, weights, accumulate, backend)
 

@@ -42,16 +42,18 @@ class TaskGradients:
         self, rows: Grads, tasks: int, table: Table, weights: Tensor, previous: Grads, buffers: OptionalTensors
     ) -> None:
         """Adds the weighted sum of `rows` to `previous`, or writes it, where possible over `buffers`."""
+        # A parameter that was frozen on the way keeps its moving average, but gets no gradient.
+        reached = [c if p.requires_grad else None for p, c in zip(self.params, table.columns, strict=True)]
         out: Grads = []
-        for p, old, column, buffer in zip(self.params, previous, table.columns, buffers, strict=True):
+        for p, old, column, buffer in zip(self.params, previous, reached, buffers, strict=True):
             if old is not None or column is None:
                 out.append(old)
             else:
                 out.append(buffer if buffer is not None and buffer.dtype is p.dtype else torch.empty_like(p))
-        if all(old is None for old in previous) and all(column is not None for column in table.columns):
+        if all(old is None for old in previous) and all(column is not None for column in reached):
             self.backend.combine_(self.backend.Table(out, 1, table.columns), table, weights, False)
         else:
-            self._write_columns(rows, tasks, weights, previous, table.columns, out)
+            self._write_columns(rows, tasks, weights, previous, reached, out)
         for p, grad in zip(self.params, out, strict=True):
             p.grad = grad
 

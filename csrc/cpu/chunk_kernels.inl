@@ -30,6 +30,9 @@ constexpr int kTile = IGB_SIMD_BYTES == 64 ? 4 : 3;
 // Few pairs are unrolled so that the additions of a lane do not wait for each other.
 constexpr int unroll_for(int pairs) { return pairs >= 8 ? 1 : pairs >= 4 ? 2 : 4; }
 
+// Vectors summed in registers before they join the chunk's total: short sums of short sums round less than a long one.
+constexpr size_t kRun = 64;
+
 // sums[i][j] = <a_i, b_j>; on the diagonal a and b are the same rows, and only j <= i is computed.
 template <class T, int I, bool Diagonal>
 void gram_tile(const T* const* a, const T* const* b, size_t n, double (*sums)[kTile]) {
@@ -37,7 +40,7 @@ void gram_tile(const T* const* a, const T* const* b, size_t n, double (*sums)[kT
   constexpr int J = Diagonal ? I : kTile;
   constexpr int U = unroll_for(Diagonal ? I * (I + 1) / 2 : I * J);
   constexpr size_t N = kLanes<A>, kStep = kParts<T> * N;
-  Vec<A> acc[U][I][J] = {};
+  Vec<A> total[I][J] = {};
   const auto add = [&](Vec<A> (&into)[I][J], auto&& vector_of) __attribute__((always_inline)) {
     Vec<A> x[I], y[J];
 #pragma GCC unroll 4
@@ -50,19 +53,23 @@ void gram_tile(const T* const* a, const T* const* b, size_t n, double (*sums)[kT
       for (int j = 0; j < (Diagonal ? i + 1 : J); ++j) into[i][j] += x[i] * y[j];
   };
   size_t e = 0;
-  for (; e + U * kStep <= n; e += U * kStep)
+  while (e + U * kStep <= n) {
+    Vec<A> acc[U][I][J] = {};
+    const size_t end = n - e < kRun * kStep ? n : e + kRun * kStep;
+    for (; e + U * kStep <= end; e += U * kStep)
 #pragma GCC unroll 4
-    for (int u = 0; u < U; ++u) {
-      add(acc[u], [&](const T* p) { return load_part<0>(p + e + u * kStep); });
-      if constexpr (kParts<T> == 2) add(acc[u], [&](const T* p) { return load_part<1>(p + e + u * kStep); });
-    }
-  for (; e + N <= n; e += N) add(acc[0], [&](const T* p) { return load(p + e); });
-  if (e < n) add(acc[0], [&](const T* p) { return load_first(p + e, n - e); });
+      for (int u = 0; u < U; ++u) {
+        add(acc[u], [&](const T* p) { return load_part<0>(p + e + u * kStep); });
+        if constexpr (kParts<T> == 2) add(acc[u], [&](const T* p) { return load_part<1>(p + e + u * kStep); });
+      }
+    for (int i = 0; i < I; ++i)
+      for (int j = 0; j < (Diagonal ? i + 1 : J); ++j)
+        for (int u = 0; u < U; ++u) total[i][j] += acc[u][i][j];
+  }
+  for (; e + N <= n; e += N) add(total, [&](const T* p) { return load(p + e); });
+  if (e < n) add(total, [&](const T* p) { return load_first(p + e, n - e); });
   for (int i = 0; i < I; ++i)
-    for (int j = 0; j < (Diagonal ? i + 1 : J); ++j) {
-      sums[i][j] = 0;
-      for (int u = 0; u < U; ++u) sums[i][j] += sum_lanes<A>(acc[u][i][j]);
-    }
+    for (int j = 0; j < (Diagonal ? i + 1 : J); ++j) sums[i][j] = sum_lanes<A>(total[i][j]);
 }
 
 template <class T> using TileKernel = void (*)(const T* const*, const T* const*, size_t, double (*)[kTile]);

@@ -36,7 +36,11 @@ class Table:
         self.given = tensors
         self.columns = _dense(_columns(tensors, params)) if like is None else like
         self.tensors = _laid_out(tensors, self.columns)
-        own = self.columns if like is None else _columns(tensors, params)
+        own = (
+            self.columns
+            if like is None
+            else [column if t is None else t for t, column in zip(_columns(tensors, params), like, strict=True)]
+        )
         addresses = array("Q", [0 if t is None else t.data_ptr() for t in self.tensors])
         numel = array("q", [0 if t is None else t.numel() for t in self.columns])
         dtypes = array("B", [0 if t is None else _DTYPE_CODES[t.dtype] for t in own])

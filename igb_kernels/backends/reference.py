@@ -15,10 +15,20 @@ OptionalTensors = Sequence[Tensor | None]
 Solver = Callable[[Tensor, Tensor | None, Sequence[float], Tensor | None], tuple[Tensor, Status]]
 """(Gramian or squared norms, losses, options, state) -> (weights, status), all float64 on the CPU; may write state."""
 
-Rule = Callable[[Tensor, Tensor | None, Sequence[float]], Tensor]
-"""(losses, values per task, options) -> scales, float64 on the CPU."""
+Rule = Callable[[Tensor, Tensor | None, Sequence[float]], tuple[Tensor, Status]]
+"""(losses, values per task, options) -> (scales, status), float64 on the CPU."""
 
-SOLVERS: dict[str, Solver] = {}
+
+@dataclass(frozen=True)
+class KnownSolver:
+    """A method's reference, and what it is given: the Gramian or its diagonal, the losses or None."""
+
+    function: Solver
+    needs_gram: bool
+    needs_losses: bool
+
+
+SOLVERS: dict[str, KnownSolver] = {}
 RULES: dict[str, Rule] = {}
 
 
@@ -93,25 +103,22 @@ def rollback_(out: OptionalTensors, kept: OptionalTensors, status: Tensor) -> No
 def solve(
     method: str, gram: Tensor, losses: Tensor | None, options: Sequence[float], state: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    on_cpu = None if state is None else state.cpu()  # the same tensor where it already is there
-    values = None if losses is None else losses.double().cpu()
-    finite = bool(gram.isfinite().all()) and (values is None or bool(values.isfinite().all()))
-    if finite:
-        weights, status = SOLVERS[method](gram.double().cpu(), values, options, on_cpu)
+    solver = SOLVERS[method]
+    read = (gram if solver.needs_gram or gram.dim() == 1 else gram.diagonal()).double().cpu()
+    values = losses.double().cpu() if solver.needs_losses and losses is not None else None
+    if bool(read.isfinite().all()) and (values is None or bool(values.isfinite().all())):
+        on_cpu = None if state is None else state.cpu()  # the same tensor where it already is there
+        weights, status = solver.function(read, values, options, on_cpu)
         if state is not None and on_cpu is not None and state is not on_cpu:
             state.copy_(on_cpu)
     else:
-        weights, status = torch.full((gram.shape[0],), torch.nan, dtype=torch.float64), Status.NON_FINITE
+        weights, status = torch.full((len(read),), torch.nan, dtype=torch.float64), Status.NON_FINITE
     return weights.to(gram.device), torch.tensor(int(status), dtype=torch.int32, device=gram.device)
 
 
 def loss_scales(rule: str, losses: Tensor, per_task: Tensor | None, options: Sequence[float]) -> tuple[Tensor, Tensor]:
     values = losses.double().cpu()
-    status, scales = Status(0), torch.full_like(values, torch.nan)
-    if not values.isfinite().all():
-        status = Status.NON_FINITE
-    else:
-        scales = RULES[rule](values, None if per_task is None else per_task.double().cpu(), options)
-        if scales.isnan().any():
-            status, scales = Status.NON_POSITIVE_LOSS, torch.full_like(values, torch.nan)
+    scales, status = torch.full_like(values, torch.nan), Status.NON_FINITE
+    if bool(values.isfinite().all()):
+        scales, status = RULES[rule](values, None if per_task is None else per_task.double().cpu(), options)
     return scales.to(losses), torch.tensor(int(status), dtype=torch.int32, device=losses.device)

@@ -92,8 +92,8 @@ class GradientBalancer:
         """Factor [1] and status for Σ_k held_weights_k g_k, from its squared norm [1]."""
         raise NotImplementedError(f"{self.name} does not need HELD")
 
-    def commit(self) -> None:
-        """Makes the state that `solve` left the current one."""
+    def commit(self, status: Tensor) -> None:
+        """Makes the state that `solve` left the current one; `status` is the finished step's, int32 []."""
         self.state = self._next_state
 
     def state_dict(self) -> dict[str, Any]:

@@ -78,7 +78,7 @@ class DBMTL(GradientBalancer):
         return self.state[DECAY : DECAY + 1]
 
     def running_weight(self, sq_norm: Tensor) -> Tensor:
-        return 1 / (sq_norm.sqrt() + self.eps)
+        return torch.where(sq_norm == 0, 0.0, 1 / (sq_norm.sqrt() + self.eps))
 
     def running_factor(self, sq_norms: Tensor) -> Tensor:
         largest = sq_norms.max().sqrt().reshape(1)

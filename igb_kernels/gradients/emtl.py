@@ -74,7 +74,7 @@ def _reference(
     if not tasks.any:
         return torch.ones_like(tasks.norms), tasks.status
     norms = tasks.norms[tasks.active]
-    ratio = losses[tasks.active] / norms
+    ratio = losses.clamp_min(0)[tasks.active] / norms
     mean = ratio.mean()
     rho = ratio / mean if mean > 0 else torch.ones_like(ratio)
     length = (norms.mean(), norms.max(), torch.ones(()))[int(scale)]

@@ -12,7 +12,7 @@ from igb_kernels import ops
 from igb_kernels.backends import Backend
 from igb_kernels.gradients._reference import measure, unit_diagonal
 from igb_kernels.gradients.base import GradientBalancer, Needs, check_number
-from igb_kernels.status import Status
+from igb_kernels.status import Status, UsableSteps
 
 
 class NashMTL(GradientBalancer):
@@ -36,11 +36,11 @@ class NashMTL(GradientBalancer):
         if not isinstance(update_every, int) or update_every < 1:
             raise ValueError(f"update_every must be an integer of at least 1, found {update_every!r}")
         self.update_every = update_every
-        self._steps = 0
+        self._steps = UsableSteps()
 
     @property
     def _holds(self) -> bool:
-        return self._steps % self.update_every != 0
+        return self._steps.count % self.update_every != 0
 
     def options(self) -> dict[str, float]:
         return {"max_norm": self.max_norm, "hold": float(self._holds)}
@@ -58,50 +58,56 @@ class NashMTL(GradientBalancer):
         one = torch.ones_like(sq_norm)
         return backend.solve(self.name, sq_norm.reshape(1, 1), None, [self.max_norm, 1.0], one)
 
-    def commit(self) -> None:
-        super().commit()
-        self._steps += 1
+    def commit(self, status: Tensor) -> None:
+        super().commit(status)
+        if self.update_every > 1:
+            self._steps.add(status)
 
     def state_dict(self) -> dict[str, Any]:
-        return {**super().state_dict(), "steps": self._steps}
+        return {**super().state_dict(), "steps": self._steps.count}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         super().load_state_dict(state)
-        self._steps = state["steps"]
+        self._steps = UsableSteps(state["steps"])
 
     def __repr__(self) -> str:
         return f"NashMTL(max_norm={self.max_norm:g}, update_every={self.update_every})"
 
 
-RIDGES = (0.0, 1e-10, 1e-6)
-"""Tried in turn: without one, a nonnegative combination of gradients that vanishes has no finite solution."""
+def _newton(cosines: Tensor, ridge: float = 0.0) -> tuple[Tensor, float]:
+    """min ½ xᵀ(C + ridge) x − Σ log x by damped Newton, in steps relative to x.
 
-
-def _newton(cosines: Tensor, steps: int = 200) -> tuple[Tensor, float]:
-    """min ½ xᵀCx − Σ log x by damped Newton; x and the residual max |x (Cx) − 1|."""
+    Returns x and the residual max |x (Cx) − 1|, which is infinite where x grows without bound.
+    """
 
     def objective(x: Tensor) -> float:
         return float(x @ cosines @ x / 2 - x.log().sum())
 
-    k = len(cosines)
+    k, eye = len(cosines), torch.eye(len(cosines), dtype=torch.float64)
     x = torch.ones(k, dtype=torch.float64) * (k / max(float(cosines.sum()), 0.1)) ** 0.5
+    longest = 100 * k / ridge if ridge else k / (2 * RIDGE)
+    cosines = cosines + ridge * eye
     best, residual = x, float("inf")
-    for _ in range(steps):
-        gradient = cosines @ x - 1 / x
-        now = float((x * gradient).abs().max())
+    for _ in range(100):
+        misfit = 1 - x * (cosines @ x)
+        now = float(misfit.abs().max())
         if now < residual:
             best, residual = x, now
         elif residual < 1e-9:
             break
-        direction = torch.linalg.solve(cosines + torch.diag(x**-2), -gradient)
-        shrinking = direction < 0
-        to_border = float((-x[shrinking] / direction[shrinking]).min()) if bool(shrinking.any()) else float("inf")
-        length = min(1.0, 0.95 * to_border)
-        slope = float(gradient @ direction)
-        while now > 0.1 and length > 1e-12 and objective(x + length * direction) > objective(x) + 1e-4 * length * slope:
+        y = torch.linalg.solve(eye + x[:, None] * cosines * x[None, :], misfit)
+        length = min(1.0, 0.95 / max(float(-y.min()), 1e-300))
+        slope = -float(misfit @ y)
+        while now > 0.1 and length > 1e-12 and objective(x * (1 + length * y)) > objective(x) + 1e-4 * length * slope:
             length /= 2
-        x = x + length * direction
+        x = x * (1 + length * y)
+        if float(x @ x) > longest:
+            return x, float("inf")
     return best, residual
+
+
+RIDGE = 1e-10
+"""The first ridge on the cosines where a nonnegative combination of gradients vanishes: no finite solution without."""
 
 
 @ops.register_solver(
@@ -121,15 +127,12 @@ def _reference(
         return torch.ones_like(tasks.norms), status
     if not hold:
         cosines = unit_diagonal(gram, tasks)
-        eye = torch.eye(len(cosines), dtype=torch.float64)
-        for ridge in RIDGES:
-            x, residual = _newton(cosines + ridge * eye)
-            if residual < 1e-6 and float(x.max()) < 1e9:
-                break
-        if ridge > 0:
+        x, residual = _newton(cosines)
+        ridge = RIDGE
+        while residual == float("inf"):
             status |= Status.PARETO_STATIONARY
-        if residual > 1e-6:
-            status |= Status.ITERATION_CAP
+            x, residual = _newton(cosines, ridge)
+            ridge *= 1e3
         state.copy_(tasks.spread(x / tasks.norms[tasks.active]))
     weights = torch.where(tasks.active, state, 0.0)
     norm = float((weights @ gram @ weights).clamp_min(0).sqrt())

@@ -10,10 +10,8 @@ from torch import Tensor
 
 from igb_kernels import ops
 from igb_kernels.losses.base import LossBalancer
-from igb_kernels.losses.log import TINY, nan_where_negative
-from igb_kernels.status import Status
-
-NON_FINITE = int(Status.NON_FINITE)
+from igb_kernels.losses.log import TINY, unless_negative
+from igb_kernels.status import UNUSABLE, Status, UsableSteps
 
 
 class IGBv1(LossBalancer):
@@ -23,7 +21,7 @@ class IGBv1(LossBalancer):
     losses are known, W = 1.
 
     The base losses are the mean training losses of one epoch, told by `Balancer.end_epoch`; or of the first `steps`
-    steps; or given. Steps with a non-finite loss or gradient do not count.
+    steps; or given. Steps that cannot be used (a negative or non-finite loss, a non-finite gradient) do not count.
 
     Gradient-balancing methods that ignore the length of each row (DB-MTL, IMTL-G, EMTL, Nash-MTL) keep their
     direction on the shared parameters under any loss scale; there, W acts on the task-specific parameters.
@@ -47,9 +45,11 @@ class IGBv1(LossBalancer):
             raise ValueError(f"steps must be an integer of at least 1, found {steps!r}")
         self.base_epoch, self.steps = base_epoch, steps
         self._epoch = 0
-        self._recorded_steps = 0
+        self._recorded = UsableSteps()
         self._base: Tensor | None = None
-        self._sum: Tensor | None = None
+        self._sum: Tensor | None = (
+            None  # while the base is measured: summed losses, and the number of steps behind them
+        )
         self._given = base_losses is not None
         if base_losses is not None:
             self._base = torch.as_tensor(base_losses, dtype=torch.float64).detach().clone()
@@ -59,52 +59,46 @@ class IGBv1(LossBalancer):
     @property
     def base_losses(self) -> Tensor | None:
         """The base losses [K], float64; NaN until they are known, None before the first step."""
-        return self._base
+        return self.per_task()
 
     def start(self, tasks: int, device: torch.device) -> None:
-        if self._base is None:
+        if self._given and self._base is not None:
+            if len(self._base) != tasks:
+                raise ValueError(
+                    f"base_losses must have one number for each of the {tasks} tasks, found {len(self._base)}"
+                )
+            self._base = self._base.to(device)
+        else:
             self._base = torch.full((tasks,), torch.nan, dtype=torch.float64, device=device)
-        elif len(self._base) != tasks:
-            raise ValueError(f"base_losses must have one number for each of the {tasks} tasks, found {len(self._base)}")
-        self._base = self._base.to(device)
-        if self._sum is None:
             self._sum = torch.zeros(tasks + 1, dtype=torch.float64, device=device)
-        self._sum = self._sum.to(device)
 
     def per_task(self) -> Tensor | None:
+        measured = self._recorded.count == self.steps if self.steps is not None else self._epoch > self.base_epoch
+        if self._sum is not None and measured:
+            # Where no step could be used this is NaN, which means unknown.
+            self._base, self._sum = self._sum[:-1] / self._sum[-1], None
         return self._base
 
-    @property
-    def _is_recording(self) -> bool:
-        if self._given:
-            return False
-        return self._recorded_steps < self.steps if self.steps is not None else self._epoch == self.base_epoch
-
     def commit(self, losses: Tensor, scales: Tensor, status: Tensor) -> None:
-        if not self._is_recording:
+        if self._sum is None or (self.steps is None and self._epoch != self.base_epoch):
             return
-        assert self._sum is not None
-        finite = (status & NON_FINITE) == 0
-        entry = torch.cat([losses.double(), losses.new_ones(1, dtype=torch.float64)])  # the last counts the steps
-        self._sum = self._sum + torch.where(finite, entry, 0.0)
-        self._recorded_steps += 1
-        if self._recorded_steps == self.steps:
-            self._take_base()
+        entry = torch.cat([losses.double(), losses.new_ones(1, dtype=torch.float64)])
+        self._sum = self._sum + torch.where((status & UNUSABLE) == 0, entry, 0.0)
+        if self.steps is not None:
+            self._recorded.add(status)
 
     def end_epoch(self) -> None:
-        if self.steps is None and self._is_recording and self._sum is not None:
-            self._take_base()
         self._epoch += 1
 
-    def _take_base(self) -> None:
-        assert self._sum is not None
-        self._base = self._sum[:-1] / self._sum[-1]  # NaN, which means unknown, if no step was finite
-
     def state_dict(self) -> dict[str, Any]:
-        return {"epoch": self._epoch, "recorded_steps": self._recorded_steps, "base": self._base, "sum": self._sum}
+        base = self.per_task()
+        return {"epoch": self._epoch, "recorded": self._recorded.count, "base": base, "sum": self._sum}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self._epoch, self._recorded_steps = state["epoch"], state["recorded_steps"]
+        base = state["base"]
+        if self._given and self._base is not None and (base is None or len(base) != len(self._base)):
+            raise ValueError(f"base_losses has {len(self._base)} tasks, but the state's are {base}")
+        self._epoch, self._recorded = state["epoch"], UsableSteps(state["recorded"])
         self._base, self._sum = state["base"], state["sum"]
 
     def __repr__(self) -> str:
@@ -114,9 +108,9 @@ class IGBv1(LossBalancer):
 
 
 @ops.register_rule("igb_v1", needs_per_task=True)
-def _reference(losses: Tensor, per_task: Tensor | None, options: Sequence[float]) -> Tensor:
+def _reference(losses: Tensor, per_task: Tensor | None, options: Sequence[float]) -> tuple[Tensor, Status]:
     scales = 1 / losses.clamp_min(TINY)
     assert per_task is not None  # checked by the op
     if not per_task.isnan().any():
-        scales = scales * len(losses) * torch.softmax(losses / per_task.clamp_min(TINY), dim=0)
-    return nan_where_negative(losses, scales)
+        scales = scales * len(losses) * torch.softmax((losses / per_task.clamp_min(TINY)).clamp_max(1e300), dim=0)
+    return unless_negative(losses, scales)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from igb_kernels import ops
 from igb_kernels.losses.base import LossBalancer
+from igb_kernels.status import Status
 
 
 class IMTLL(LossBalancer):
@@ -57,14 +58,19 @@ class IMTLL(LossBalancer):
         return {"log_scales": self.log_scales.detach().clone()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        log_scales = state["log_scales"]
+        if log_scales.shape != self.log_scales.shape:
+            raise ValueError(f"num_tasks is {len(self.log_scales)}, but the state has {len(log_scales)} log_scales")
         with torch.no_grad():
-            self.log_scales.copy_(state["log_scales"])
+            self.log_scales.copy_(log_scales)
 
     def __repr__(self) -> str:
         return f"IMTLL(num_tasks={len(self.log_scales)})"
 
 
 @ops.register_rule("imtl_l", needs_per_task=True)
-def _reference(losses: Tensor, per_task: Tensor | None, options: Sequence[float]) -> Tensor:
+def _reference(losses: Tensor, per_task: Tensor | None, options: Sequence[float]) -> tuple[Tensor, Status]:
     assert per_task is not None  # checked by the op
-    return per_task.clamp(-20, 20).exp()
+    if not bool(per_task.isfinite().all()):
+        return torch.full_like(losses, torch.nan), Status.NON_FINITE
+    return per_task.clamp(-20, 20).exp(), Status(0)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from igb_kernels import ops
 from igb_kernels.losses.base import LossBalancer
+from igb_kernels.status import Status
 
 TINY = 1e-20
 """Losses below count as this: a finished task with a zero gradient then contributes 0, not 0 · inf."""
@@ -38,11 +39,14 @@ class Log(LossBalancer):
         return f"Log(eps={self.eps})"
 
 
-def nan_where_negative(losses: Tensor, scales: Tensor) -> Tensor:
-    return torch.where((losses < 0).any(), torch.nan, scales)
+def unless_negative(losses: Tensor, scales: Tensor) -> tuple[Tensor, Status]:
+    """The scales with their status: all NaN where a loss is negative."""
+    if bool((losses < 0).any()):
+        return torch.full_like(scales, torch.nan), Status.NON_POSITIVE_LOSS
+    return scales, Status(0)
 
 
 @ops.register_rule("log", options={"eps": 0.0})
-def _reference(losses: Tensor, per_task: Tensor | None, options: Sequence[float]) -> Tensor:
+def _reference(losses: Tensor, per_task: Tensor | None, options: Sequence[float]) -> tuple[Tensor, Status]:
     (eps,) = options
-    return nan_where_negative(losses + eps, 1 / (losses + eps).clamp_min(TINY))
+    return unless_negative(losses + eps, 1 / (losses + eps).clamp_min(TINY))
