@@ -10,7 +10,16 @@ import torch
 from torch import Tensor, nn
 
 from igb_kernels.backends import resolve
-from igb_kernels.capture import GradsSetAside, Losses, TaskLosses, joint_pass, leaves, take_grads, task_passes
+from igb_kernels.capture import (
+    GradsSetAside,
+    Losses,
+    TaskLosses,
+    check_dense,
+    joint_pass,
+    leaves,
+    take_grads,
+    task_passes,
+)
 from igb_kernels.gradients import METHODS, Equal, GradientBalancer, Needs
 from igb_kernels.losses import RULES, LossBalancer
 from igb_kernels.ops import DTYPES, accumulator_dtype
@@ -133,6 +142,7 @@ class Balancer:
         self, tasks: TaskLosses, scales: Tensor, retain_graph: bool, shared: GradsSetAside, heads: GradsSetAside
     ) -> tuple[Tensor, Tensor, Tensor]:
         """One pass for each task; weights from what they show; their weighted sum into `.grad`."""
+        self._check_previous(shared, heads)
         rows, head_rows = self._rows(), KeptGradients(self.task_parameters, self._run)
         for grads in task_passes(tasks, scales, self.shared, retain_graph):
             rows.add(grads)
@@ -153,8 +163,9 @@ class Balancer:
     ) -> tuple[Tensor, Tensor, None]:
         """One pass for all tasks, with weights 1; the gradients stay where autograd puts them."""
         joint_pass(tasks, scales, retain_graph)
-        total = self._run.Table([p.grad for p in self.shared], 1)
-        _, status = self.gradients.solve(self._run.sq_norms(total, 1), tasks.values, scales, self._run)
+        total = [p.grad if p.grad is not None and p.grad.layout is torch.strided else None for p in self.shared]
+        sq_norm = self._run.sq_norms(self._run.Table(total, 1), 1)
+        _, status = self.gradients.solve(sq_norm, tasks.values, scales, self._run)
         shared.add_back()
         heads.add_back()
         # Of the sum of the gradients it is only known whether it is finite.
@@ -164,6 +175,7 @@ class Balancer:
         self, tasks: TaskLosses, scales: Tensor, retain_graph: bool, shared: GradsSetAside, heads: GradsSetAside
     ) -> tuple[Tensor, Tensor, None]:
         """One pass for all tasks, with weights that were known before it."""
+        self._check_previous(shared, heads)
         weights = self.gradients.held_weights()
         joint_pass(tasks, scales * weights.to(scales.dtype), retain_graph)
         rows, head_rows = (KeptGradients(params, self._run) for params in (self.shared, self.task_parameters))
@@ -173,6 +185,12 @@ class Balancer:
         rows.write(factor, shared.previous)
         head_rows.write(factor, heads.previous)
         return weights * factor, status, None
+
+    def _check_previous(self, shared: GradsSetAside, heads: GradsSetAside) -> None:
+        """What is added to must be dense, and is looked at before anything is written."""
+        check_dense(shared.previous, "shared")
+        if self.task_parameters:
+            check_dense(heads.previous, "task_parameters")
 
     def _rows(self) -> TaskGradients:
         decay = self.gradients.ema_decay()
@@ -280,7 +298,11 @@ def _rule(name: str) -> LossBalancer:
 
 def _parameters(argument: str, given: Iterable[Tensor] | nn.Module) -> list[Tensor]:
     """The tensors to balance, checked."""
-    params = list(given.parameters() if isinstance(given, nn.Module) else given)
+    if isinstance(given, nn.Module):
+        given = given.parameters()
+    if not isinstance(given, Iterable):
+        raise TypeError(f"{argument} must be an iterable of tensors or a module, found {type(given).__name__}")
+    params = list(given)
     if not params:
         raise ValueError(f"{argument} must hold at least one parameter, found none (was a generator used up?)")
     first: dict[int, int] = {}

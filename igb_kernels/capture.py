@@ -127,18 +127,21 @@ def joint_pass(losses: TaskLosses, scales: Tensor, retain_graph: bool) -> None:
 
 def take_grads(params: Sequence[Tensor], argument: str = "shared") -> list[Tensor | None]:
     """The parameters' gradients, which they lose."""
-    grads = []
-    for i, p in enumerate(params):
-        grad = p.grad
+    grads = [p.grad for p in params]
+    check_dense(grads, argument)
+    for p, grad in zip(params, grads, strict=True):
         if grad is not None:
-            if grad.layout is not torch.strided:
-                raise ValueError(
-                    f"{argument}[{i}], of shape {tuple(p.shape)}, must get dense gradients, found a sparse one "
-                    f"({grad.layout}): use sparse=False in its embedding"
-                )
             p.grad = None
-        grads.append(grad)
     return grads
+
+
+def check_dense(grads: Sequence[Tensor | None], argument: str) -> None:
+    for i, grad in enumerate(grads):
+        if grad is not None and grad.layout is not torch.strided:
+            raise ValueError(
+                f"{argument}[{i}], of shape {tuple(grad.shape)}, must have dense gradients, found a sparse one "
+                f"({grad.layout}): use sparse=False in its embedding"
+            )
 
 
 def leaves(losses: TaskLosses) -> list[Tensor]:
@@ -178,9 +181,13 @@ class GradsSetAside:
                 p.grad = grad
 
     def add_back(self) -> None:
-        """Adds the new gradients to those set aside, in place, as autograd would."""
+        """Adds the new gradients to those set aside, in place where both are dense, as autograd would."""
         for p, previous in zip(self._params, self.previous, strict=True):
-            if previous is not None:
-                if p.grad is not None:
-                    previous.add_(p.grad)
+            if previous is None:
+                continue
+            if p.grad is None:
                 p.grad = previous
+            elif previous.layout is torch.strided:
+                p.grad = previous.add_(p.grad)
+            else:
+                p.grad = p.grad + previous

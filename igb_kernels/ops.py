@@ -218,7 +218,7 @@ def _ema_(
     _check_rows("ema_", grads, tasks)
     for i, t in enumerate(out):
         if t.dtype is not accumulator_dtype(t.dtype):
-            raise TypeError(f"ema_: out[{i}] must be float32 or float64, found {t.dtype}")
+            raise ValueError(f"ema_: out[{i}] must be float32 or float64, found {t.dtype}")
     _check_like("ema_", "out", out, grads, "accumulator")
     _check_like("ema_", "state", state, out, "accumulator")
     if decay.numel() != 1:

@@ -87,13 +87,15 @@ def _newton(cosines: Tensor, ridge: float = 0.0) -> tuple[Tensor, float]:
     x = torch.ones(k, dtype=torch.float64) * (k / max(float(cosines.sum()), 0.1)) ** 0.5
     longest = 100 * k / ridge if ridge else k / (2 * RIDGE)
     cosines = cosines + ridge * eye
-    best, residual = x, float("inf")
+    best, residual, stalled = x, float("inf"), 0
     for _ in range(100):
         misfit = 1 - x * (cosines @ x)
         now = float(misfit.abs().max())
         if now < residual:
-            best, residual = x, now
-        elif residual < 1e-9:
+            best, residual, stalled = x, now, 0
+        elif residual < 1e-6:
+            stalled += 1  # at the rounding floor, where a few more steps may still be lucky
+        if stalled > 5:
             break
         y = torch.linalg.solve(eye + x[:, None] * cosines * x[None, :], misfit)
         length = min(1.0, 0.95 / max(float(-y.min()), 1e-300))

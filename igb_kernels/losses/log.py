@@ -28,8 +28,8 @@ class Log(LossBalancer):
     name = "log"
 
     def __init__(self, eps: float = 0.0) -> None:
-        if not eps >= 0:
-            raise ValueError(f"eps must be at least 0, found {eps}")
+        if not 0 <= eps < float("inf"):
+            raise ValueError(f"eps must be a finite number, at least 0; found {eps!r}")
         self.eps = float(eps)
 
     def options(self) -> dict[str, float]:
