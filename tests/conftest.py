@@ -1,0 +1,40 @@
+"""Fixtures for all tests; hypothesis draws the same examples in every run."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import hypothesis
+import pytest
+
+from igb_kernels import _native
+
+hypothesis.settings.register_profile(
+    "igb_kernels",
+    derandomize=True,
+    database=None,
+    deadline=None,
+    max_examples=10,
+    suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture],
+)
+hypothesis.settings.load_profile("igb_kernels")
+
+INSTRUCTION_SETS = ("avx512", "avx2", "portable")
+BACKENDS = ("cpu", "reference")
+
+
+@pytest.fixture(params=INSTRUCTION_SETS)
+def instruction_set(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Runs the test with each instruction set of the CPU kernels."""
+    assert _native.module is not None, _native.reason
+    before = _native.module.instruction_set()
+    if not _native.module.use_instruction_set(request.param):
+        pytest.skip(f"this machine or build lacks {request.param}")
+    yield request.param
+    _native.module.use_instruction_set(before)
+
+
+@pytest.fixture(params=BACKENDS)
+def backend(request: pytest.FixtureRequest) -> str:
+    """Runs the test with each backend."""
+    return request.param

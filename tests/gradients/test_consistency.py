@@ -1,0 +1,91 @@
+"""What Python and C++ each declare about a method, a rule or a status bit is the same."""
+
+from __future__ import annotations
+
+import pathlib
+import re
+
+import pytest
+import torch
+
+from igb_kernels import IMTLL, Status, _native, ops
+from igb_kernels.backends import reference
+from igb_kernels.gradients import METHODS
+from igb_kernels.losses import RULES
+
+_C = _native.module
+CORE = pathlib.Path(__file__).resolve().parents[2] / "csrc" / "core"
+IN_CPP = {"lam": "lambda"}
+"""Python's name where it differs: `lambda` is a keyword there."""
+
+
+def enumerators(path, name):
+    """The names and, where they are given, the values of a C++ enum."""
+    (body,) = re.findall(rf"enum (?:class )?{name}\b[^{{]*{{(.*?)}}", (CORE / path).read_text(), flags=re.DOTALL)
+    entries = [entry.split("=") for entry in re.sub(r"//[^\n]*", "", body).split(",") if entry.strip()]
+    return {entry[0].strip(): entry[1].strip() if len(entry) == 2 else None for entry in entries}
+
+
+def declared_options(path):
+    return [name for name in enumerators(path, "Option") if name != "option_count"]
+
+
+def make_rule(name):
+    return IMTLL(num_tasks=3) if name == "imtl_l" else RULES[name]()
+
+
+def test_every_method_is_registered_everywhere():
+    assert set(METHODS) == set(ops.SOLVERS) == set(reference.SOLVERS) == set(_C.methods)
+    assert {name: cls.name for name, cls in METHODS.items()} == {name: name for name in METHODS}
+    assert {name: int(value) for name, value in enumerators("solve.h", "Method").items()} == _C.methods
+
+
+def test_every_rule_is_registered_everywhere():
+    assert set(RULES) == set(ops.RULES) == set(reference.RULES) == set(_C.loss_rules)
+    assert {name: int(value) for name, value in enumerators("losses.h", "LossRule").items()} == _C.loss_rules
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_options_of_methods(method):
+    registered = list(ops.SOLVERS[method].options)
+    assert registered == list(METHODS[method]().options())
+    assert len(registered) == _C.option_count(_C.methods[method])
+    assert [IN_CPP.get(name, name) for name in registered] == declared_options(f"solvers/{method}.h")
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_defaults_of_methods(method):
+    assert ops.SOLVERS[method].options == METHODS[method]().options()
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_options_of_rules(rule):
+    registered = list(ops.RULES[rule].options)
+    assert registered == list(make_rule(rule).options())
+    assert len(registered) == _C.rule_option_count(_C.loss_rules[rule])
+    if registered:
+        assert registered == declared_options("losses.h")
+
+
+@pytest.mark.parametrize("tasks", [1, 2, 7, 128])
+@pytest.mark.parametrize("method", METHODS)
+def test_state_sizes(method, tasks):
+    state = ops.SOLVERS[method].new_state(tasks, torch.device("cpu"))
+    assert (0 if state is None else len(state)) == _C.state_size(_C.methods[method], tasks)
+
+
+def test_status_bits():
+    in_cpp = {name.upper(): eval(value) for name, value in enumerators("status.h", "Status").items()}  # "1 << 0"
+    assert in_cpp == {bit.name: bit.value for bit in Status}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_what_a_method_needs(method):
+    text = (CORE / "solvers" / f"{method}.h").read_text()
+    for need in ("needs_gram", "needs_losses"):
+        (in_cpp,) = re.findall(rf"{need} = (true|false)", text)
+        assert getattr(ops.SOLVERS[method], need) == (in_cpp == "true")
+
+
+def test_task_limit():
+    assert _C.max_tasks == ops.MAX_TASKS

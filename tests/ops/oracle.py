@@ -1,0 +1,108 @@
+"""The three-way oracle: float64 truth, eager PyTorch as the baseline, and the kernel's error against both.
+
+The baseline computes in the accumulator's precision (float32 for half precision) and rounds to the output's dtype.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from samplers import Grads
+from tolerances import TOLERANCES
+from torch import Tensor
+
+from igb_kernels.ops import accumulator_dtype
+
+
+def matrix(rows: Sequence[Grads], dtype: torch.dtype = torch.float64) -> Tensor:
+    """The K×D matrix of the rows, zeros where a task does not reach a parameter."""
+    like = columns(rows)
+    flat = [
+        [
+            torch.zeros_like(column, dtype=dtype).flatten() if t is None else t.to(dtype).flatten()
+            for t, column in zip(row, like, strict=True)
+            if column is not None
+        ]
+        for row in rows
+    ]
+    return torch.stack([torch.cat([torch.zeros(0, dtype=dtype), *row]) for row in flat])
+
+
+def columns(rows: Sequence[Grads]) -> Grads:
+    """The first tensor of each column that is there."""
+    return [next((t for t in column if t is not None), None) for column in zip(*rows, strict=True)]
+
+
+@dataclass(frozen=True)
+class ExpectedGram:
+    truth: Tensor
+    baseline: Tensor
+    scale: Tensor
+    tolerance: float
+
+    def check(self, found: Tensor, context: object = "") -> None:
+        """`found` [K, K] is the Gramian, or [K] the squared norms."""
+        expected = (self.baseline, self.truth, self.scale)
+        if found.dim() == 1:
+            expected = tuple(t.diagonal() for t in expected)
+        else:
+            assert torch.equal(found, found.T), context
+        assert found.dtype is torch.float64
+        assert_no_worse(found, *expected, self.tolerance, context, excuse=5 * self.tolerance)
+
+
+def expected_gram(rows: Sequence[Grads]) -> ExpectedGram:
+    dtype = torch.float64 if all(t is None or t.dtype is torch.float64 for t in columns(rows)) else torch.float32
+    eager = matrix(rows, dtype)
+    truth = _exact_gram(matrix(rows))
+    norms = truth.diagonal().sqrt()
+    return ExpectedGram(truth, (eager @ eager.T).double(), norms[:, None] * norms, TOLERANCES[dtype].inner)
+
+
+def _exact_gram(exact: Tensor, block: int = 256) -> Tensor:
+    """By blocks: one long product in float64 is no truth for float64 kernels (at D = 70,001 it errs by 4e-14)."""
+    padded = torch.nn.functional.pad(exact, (0, -exact.shape[1] % block))
+    blocks = padded.unflatten(1, (-1, block)).transpose(0, 1)
+    return (blocks @ blocks.mT).sum(dim=0)
+
+
+def assert_no_worse(
+    found: Tensor,
+    baseline: Tensor,
+    truth: Tensor,
+    scale: Tensor,
+    tolerance: float,
+    context: object = "",
+    excuse: float = float("inf"),
+) -> None:
+    """The largest error of `found`, relative to `scale`, exceeds the baseline's by at most `tolerance`.
+
+    The baseline excuses no more than `excuse`: over long rows, eager PyTorch's inner products lose far more than ours.
+    """
+    found_error, baseline_error = (_error(t.double(), truth, scale) for t in (found, baseline))
+    limit = min(baseline_error, excuse) + tolerance
+    assert found_error <= limit, f"{context}: error {found_error:.3g}, eager PyTorch's is {baseline_error:.3g}"
+
+
+def _error(values: Tensor, truth: Tensor, scale: Tensor) -> float:
+    difference = (values - truth).abs()
+    assert not difference.isnan().any(), "NaN in the result: an element was not written, or wrongly read"
+    relative = torch.where(difference == 0, 0.0, difference / scale)
+    return float(relative.max()) if relative.numel() else 0.0
+
+
+def assert_sum(
+    found: Tensor, terms: Sequence[tuple[float, Tensor | None]], dtype: torch.dtype, context: object = ""
+) -> None:
+    """`found` is Σ weight · tensor, summed in the accumulator of `dtype` and rounded once, to its own dtype."""
+    wide = accumulator_dtype(dtype)
+    truth, scale = torch.zeros(found.shape, dtype=torch.float64), torch.zeros(found.shape, dtype=torch.float64)
+    eager = torch.zeros(found.shape, dtype=wide)
+    for weight, t in terms:
+        if t is not None:
+            truth += weight * t.double()
+            scale += abs(weight) * t.double().abs()
+            eager += torch.tensor(weight, dtype=wide) * t.to(wide)
+    assert_no_worse(found, eager.to(found.dtype), truth, scale, TOLERANCES[dtype].element, context)
