@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from igb_kernels.backends import resolve
+from igb_kernels.backends import Backend, resolve
 from igb_kernels.capture import (
     GradsSetAside,
     Losses,
@@ -79,7 +79,7 @@ class Balancer:
         if both := {id(p) for p in self.shared} & {id(p) for p in self.task_parameters}:
             raise ValueError(f"shared and task_parameters must be disjoint, found {len(both)} tensors in both")
         self.backend = backend
-        self._run = resolve(backend, self.shared[0].device.type)
+        resolve(backend, self.shared[0].device.type)  # says now what cannot be had
         self._tasks: int | None = None
         self._names: tuple[str, ...] | None = None
         self._averages = MovingAverages()
@@ -103,11 +103,17 @@ class Balancer:
         before = self.state_dict() if self._tasks is None else None
         try:
             self._start(tasks)
-            return self._step(tasks, retain_graph)
+            result = self._step(tasks, retain_graph)
         except BaseException:
             if before is not None:
                 self.load_state_dict(before)
             raise
+        self._names = self._names or tasks.names
+        return result
+
+    @property
+    def _run(self) -> Backend:
+        return resolve(self.backend, self.shared[0].device.type)
 
     def _start(self, tasks: TaskLosses) -> None:
         if self._tasks is None:

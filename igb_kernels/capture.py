@@ -136,6 +136,7 @@ def take_grads(params: Sequence[Tensor], argument: str = "shared") -> list[Tenso
 
 
 def check_dense(grads: Sequence[Tensor | None], argument: str) -> None:
+    """Raises ValueError for the first gradient that is sparse; `argument` names the parameters."""
     for i, grad in enumerate(grads):
         if grad is not None and grad.layout is not torch.strided:
             raise ValueError(

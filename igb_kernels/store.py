@@ -49,7 +49,9 @@ class TaskGradients:
             if old is not None or column is None:
                 out.append(old)
             else:
-                out.append(buffer if buffer is not None and buffer.dtype is p.dtype else torch.empty_like(p))
+                dtype = getattr(p, "grad_dtype", None) or p.dtype  # it may be wider than the parameter's
+                reusable = buffer is not None and buffer.dtype is dtype
+                out.append(buffer if reusable else torch.empty_like(p, dtype=dtype))
         if all(old is None for old in previous) and all(column is not None for column in reached):
             self.backend.combine_(self.backend.Table(out, 1, table.columns), table, weights, False)
         else:
@@ -71,6 +73,10 @@ class TaskGradients:
                 table = self.backend.Table(chosen, tasks, out_table.columns)
                 self.backend.combine_(out_table, table, weights, accumulate)
                 torch.autograd.graph.increment_version(target)
+
+
+def _wide(grad: Tensor) -> torch.dtype:
+    return accumulator_dtype(grad.dtype)
 
 
 class KeptGradients(TaskGradients):
@@ -161,6 +167,11 @@ class AveragedGradients(TaskGradients):
         for p, grad in enumerate(grads):
             if new[p] is None and (grad is not None or old[p] is not None):
                 spare.allocate(task, p, self.params[p])
+            if grad is not None and (average := new[p]) is not None and average.dtype is not _wide(grad):
+                raise ValueError(
+                    f"shared[{p}] has gradients in {grad.dtype}, its moving averages are in {average.dtype}: "
+                    "the parameter's dtype must not change while it is balanced"
+                )
         out = spare.table(self.backend, task)
         row = self.backend.Table(grads, 1, out.columns)
         self._norms.append(self.backend.ema_(out, current.table(self.backend, task), row, self._decay, 1))
@@ -203,8 +214,7 @@ class RunningSum(TaskGradients):
         for p in starting:
             g = grads[p]
             assert g is not None
-            wide = accumulator_dtype(g.dtype)
-            self._sum[p] = g if g.dtype is wide else torch.empty_like(g, dtype=wide)
+            self._sum[p] = g if g.dtype is _wide(g) else torch.empty_like(g, dtype=_wide(g))
         for columns, accumulate in ((started, True), (starting, False)):
             if columns:
                 out = self.backend.Table([self._sum[p] for p in columns], 1)

@@ -97,9 +97,11 @@ class GradientBalancer:
         self.state = self._next_state
 
     def state_dict(self) -> dict[str, Any]:
+        """What influences the next step: numbers and tensors (not copies)."""
         return {"state": self.state}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restores what `state_dict` returned; ValueError where it does not fit, with nothing changed."""
         self.state = state["state"]
 
     def __repr__(self) -> str:

@@ -61,7 +61,7 @@ class EMTL(GradientBalancer):
     def solve(self, measured: Tensor, losses: Tensor, scales: Tensor, backend: Backend) -> tuple[Tensor, Tensor]:
         # The norms are of scaled gradients; the same scale on the losses makes r_k the raw ratio.
         excess = (losses.double() - self.lower).clamp_min(0) if self._has_lower else losses
-        return self._solve(measured, excess * scales, backend)
+        return self._solve(measured, excess.double() * scales, backend)
 
 
 @ops.register_solver("emtl", options={"lam": 0.5, "scale": 0.0}, needs_losses=True)

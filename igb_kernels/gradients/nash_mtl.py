@@ -64,9 +64,11 @@ class NashMTL(GradientBalancer):
             self._steps.add(status)
 
     def state_dict(self) -> dict[str, Any]:
+        """See the base class."""
         return {**super().state_dict(), "steps": self._steps.count}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        """See the base class."""
         super().load_state_dict(state)
         self._steps = UsableSteps(state["steps"])
 

@@ -45,10 +45,11 @@ class LossBalancer:
         return []
 
     def state_dict(self) -> dict[str, Any]:
+        """What influences the next step: numbers and tensors (not copies)."""
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        pass
+        """Restores what `state_dict` returned; ValueError where it does not fit, with nothing changed."""
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}()"

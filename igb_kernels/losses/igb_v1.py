@@ -91,10 +91,12 @@ class IGBv1(LossBalancer):
         self._epoch += 1
 
     def state_dict(self) -> dict[str, Any]:
+        """See the base class."""
         base = self.per_task()
         return {"epoch": self._epoch, "recorded": self._recorded.count, "base": base, "sum": self._sum}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        """See the base class."""
         base = state["base"]
         if self._given and self._base is not None and (base is None or len(base) != len(self._base)):
             raise ValueError(f"base_losses has {len(self._base)} tasks, but the state's are {base}")

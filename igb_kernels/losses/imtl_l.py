@@ -55,9 +55,11 @@ class IMTLL(LossBalancer):
         return [self.log_scales]
 
     def state_dict(self) -> dict[str, Any]:
+        """See the base class."""
         return {"log_scales": self.log_scales.detach().clone()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        """See the base class."""
         log_scales = state["log_scales"]
         if log_scales.shape != self.log_scales.shape:
             raise ValueError(f"num_tasks is {len(self.log_scales)}, but the state has {len(log_scales)} log_scales")
