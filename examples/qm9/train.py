@@ -35,7 +35,7 @@ BETA2 = 0.99
 
 def new_run(method: str, args: argparse.Namespace, steps: int) -> Run:
     """The method's model, balancer and optimizer; every method starts from the same parameters."""
-    pass
+    torch.manual_seed(args.seed)
     model = build_model(args.encoder, data.TARGET_NAMES).to(args.device)
     try:
         balancer = igb.Balancer(method, shared=model.encoder.parameters(), backend=args.backend)
