@@ -287,6 +287,8 @@ def _loss_scales(
 ) -> tuple[Tensor, Tensor]:
     _check_known("loss_scales", "rule", rule, RULES)
     _check_vector("loss_scales", "losses", losses, (losses.numel(),))
+    if not 1 <= len(losses) <= MAX_TASKS:
+        raise ValueError(f"loss_scales: losses must hold 1 to {MAX_TASKS} losses, found {len(losses)}")
     if RULES[rule].needs_per_task:
         if per_task is None:
             raise ValueError(f"loss_scales: {rule} needs per_task, found None")

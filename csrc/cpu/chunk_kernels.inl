@@ -105,26 +105,13 @@ void gram(DType dtype, const void* const* rows, const int* index, int count, siz
 
 // ---- Norms and moving averages ---------------------------------------------------------------------------
 
-template <class A> double sum_of(Vec<A> (&acc)[4]) { return sum_lanes<A>((acc[0] + acc[1]) + (acc[2] + acc[3])); }
-
 double sq_norm(DType dtype, const void* row, size_t n) {
   return with_type(dtype, [&](auto tag) {
     using T = Element<decltype(tag)>;
-    using A = Accumulator<T>;
-    constexpr size_t N = kLanes<A>, kStep = kParts<T> * N;
-    const T* const x = cast<T>(row);
-    Vec<A> acc[4] = {};
-    const auto add = [&](int u, Vec<A> v) { acc[u] += v * v; };
-    size_t e = 0;
-    for (; e + 4 * kStep <= n; e += 4 * kStep)
-#pragma GCC unroll 4
-      for (int u = 0; u < 4; ++u) {
-        add(u, load_part<0>(x + e + u * kStep));
-        if constexpr (kParts<T> == 2) add(u, load_part<1>(x + e + u * kStep));
-      }
-    for (; e + N <= n; e += N) add(0, load(x + e));
-    if (e < n) add(0, load_first(x + e, n - e));
-    return sum_of<A>(acc);
+    const T* const rows[] = {cast<T>(row)};
+    double sum[1][kTile];
+    gram_tile<T, 1, true>(rows, rows, n, sum);
+    return sum[0][0];
   });
 }
 
@@ -152,7 +139,7 @@ double ema_of(Accumulator<T>* out, const Accumulator<T>* state, const T* grad, s
   if (e < n)
     update(0, [&](auto p) { return load_first(p + e, n - e); },
            [&](A* p, Vec<A> v) { store_first(p + e, v, n - e); });
-  return sum_of<A>(acc);
+  return sum_lanes<A>((acc[0] + acc[1]) + (acc[2] + acc[3]));
 }
 
 double ema(DType grad_dtype, void* out, const void* state, const void* grad, size_t n, double decay) {
@@ -160,7 +147,14 @@ double ema(DType grad_dtype, void* out, const void* state, const void* grad, siz
     using T = Element<decltype(tag)>;
     using A = Accumulator<T>;
     const auto run = [&](auto has_state, auto has_grad) {
-      return ema_of<T, has_state.value, has_grad.value>(static_cast<A*>(out), cast<A>(state), cast<T>(grad), n, decay);
+      constexpr size_t kPiece = 4 * kRun * kLanes<A>;
+      double sum = 0;
+      for (size_t at = 0; at < n; at += kPiece) {
+        const auto from = [at](auto* p) { return p ? p + at : p; };
+        sum += ema_of<T, has_state.value, has_grad.value>(from(static_cast<A*>(out)), from(cast<A>(state)),
+                                                          from(cast<T>(grad)), n - at < kPiece ? n - at : kPiece, decay);
+      }
+      return sum;
     };
     constexpr std::true_type yes{};
     constexpr std::false_type no{};

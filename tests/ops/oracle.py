@@ -50,7 +50,7 @@ class ExpectedGram:
         else:
             assert torch.equal(found, found.T), context
         assert found.dtype is torch.float64
-        assert_no_worse(found, *expected, self.tolerance, context, excuse=5 * self.tolerance)
+        assert_no_worse(found, *expected, self.tolerance, context, excuse=self.tolerance)
 
 
 def expected_gram(rows: Sequence[Grads]) -> ExpectedGram:
