@@ -225,8 +225,7 @@ def _ema_(
         raise ValueError(f"ema_: decay must be one number, found {decay.numel()}")
     run = resolve(backend, device.type)
     out_table = run.Table(out, tasks)
-    layout = out_table.columns
-    norms = run.ema_(out_table, run.Table(state, tasks, layout), run.Table(grads, tasks, layout), decay, tasks)
+    norms = run.ema_(out_table, run.Table(state, tasks, out_table), run.Table(grads, tasks, out_table), decay, tasks)
     torch.autograd.graph.increment_version(out)
     return norms
 
@@ -242,7 +241,7 @@ def _combine_(
         _check_like("combine_", "out", out, grads[k * len(out) : (k + 1) * len(out)], "combined")
     run = resolve(backend, device.type)
     out_table = run.Table(out, 1)
-    run.combine_(out_table, run.Table(grads, weights.numel(), out_table.columns), weights, accumulate)
+    run.combine_(out_table, run.Table(grads, weights.numel(), out_table), weights, accumulate)
     torch.autograd.graph.increment_version(out)
 
 

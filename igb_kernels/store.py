@@ -53,7 +53,7 @@ class TaskGradients:
                 reusable = buffer is not None and buffer.dtype is dtype
                 out.append(buffer if reusable else torch.empty_like(p, dtype=dtype))
         if all(old is None for old in previous) and all(column is not None for column in reached):
-            self.backend.combine_(self.backend.Table(out, 1, table.columns), table, weights, False)
+            self.backend.combine_(self.backend.Table(out, 1, table), table, weights, False)
         else:
             self._write_columns(rows, tasks, weights, previous, reached, out)
         for p, grad in zip(self.params, out, strict=True):
@@ -70,7 +70,7 @@ class TaskGradients:
                 target = [buffer for p in columns if (buffer := out[p]) is not None]
                 chosen = [rows[k * params + p] for k in range(tasks) for p in columns]
                 out_table = self.backend.Table(target, 1)
-                table = self.backend.Table(chosen, tasks, out_table.columns)
+                table = self.backend.Table(chosen, tasks, out_table)
                 self.backend.combine_(out_table, table, weights, accumulate)
                 torch.autograd.graph.increment_version(target)
 
@@ -165,15 +165,17 @@ class AveragedGradients(TaskGradients):
         task, current, spare = len(self._norms), self._averages.current, self._averages.spare
         old, new = (bank.row(task, len(self.params)) for bank in (current, spare))
         for p, grad in enumerate(grads):
-            if new[p] is None and (grad is not None or old[p] is not None):
-                spare.allocate(task, p, self.params[p])
-            if grad is not None and (average := new[p]) is not None and average.dtype is not _wide(grad):
+            average = new[p]
+            if average is None:
+                if grad is not None or old[p] is not None:
+                    spare.allocate(task, p, self.params[p])
+            elif grad is not None and average.dtype is not _wide(grad):
                 raise ValueError(
                     f"shared[{p}] has gradients in {grad.dtype}, its moving averages are in {average.dtype}: "
                     "the parameter's dtype must not change while it is balanced"
                 )
         out = spare.table(self.backend, task)
-        row = self.backend.Table(grads, 1, out.columns)
+        row = self.backend.Table(grads, 1, out)
         self._norms.append(self.backend.ema_(out, current.table(self.backend, task), row, self._decay, 1))
         self._done = grads
 
@@ -218,7 +220,7 @@ class RunningSum(TaskGradients):
         for columns, accumulate in ((started, True), (starting, False)):
             if columns:
                 out = self.backend.Table([self._sum[p] for p in columns], 1)
-                row = self.backend.Table([grads[p] for p in columns], 1, out.columns)
+                row = self.backend.Table([grads[p] for p in columns], 1, out)
                 self.backend.combine_(out, row, weight, accumulate)
 
     def sq_norms(self) -> Tensor:

@@ -115,7 +115,7 @@ double sq_norm(DType dtype, const void* row, size_t n) {
   });
 }
 
-template <class T, bool HasState, bool HasGrad>
+template <class T, bool HasState, bool HasGrad, bool PastCaches>
 double ema_of(Accumulator<T>* out, const Accumulator<T>* state, const T* grad, size_t n, double decay) {
   using A = Accumulator<T>;
   constexpr int N = kLanes<A>;
@@ -130,7 +130,10 @@ double ema_of(Accumulator<T>* out, const Accumulator<T>* state, const T* grad, s
   };
   size_t e = 0;
   const auto whole = [&](int u, size_t at) {
-    update(u, [&](auto p) { return load(p + at); }, [&](A* p, Vec<A> v) { store(p + at, v); });
+    update(u, [&](auto p) { return load(p + at); }, [&](A* p, Vec<A> v) {
+      if constexpr (PastCaches) stream(p + at, v);
+      else store(p + at, v);
+    });
   };
   for (; e + 4 * N <= n; e += 4 * N)
 #pragma GCC unroll 4
@@ -142,22 +145,29 @@ double ema_of(Accumulator<T>* out, const Accumulator<T>* state, const T* grad, s
   return sum_lanes<A>((acc[0] + acc[1]) + (acc[2] + acc[3]));
 }
 
-double ema(DType grad_dtype, void* out, const void* state, const void* grad, size_t n, double decay) {
+double ema(DType grad_dtype, void* out, const void* state, const void* grad, size_t n, double decay,
+           bool past_caches) {
   return with_type(grad_dtype, [&](auto tag) {
     using T = Element<decltype(tag)>;
     using A = Accumulator<T>;
-    const auto run = [&](auto has_state, auto has_grad) {
+    constexpr std::true_type yes{};
+    constexpr std::false_type no{};
+    const auto run_with = [&](auto has_state, auto has_grad, auto past) {
       constexpr size_t kPiece = 4 * kRun * kLanes<A>;
       double sum = 0;
       for (size_t at = 0; at < n; at += kPiece) {
         const auto from = [at](auto* p) { return p ? p + at : p; };
-        sum += ema_of<T, has_state.value, has_grad.value>(from(static_cast<A*>(out)), from(cast<A>(state)),
+        sum += ema_of<T, has_state.value, has_grad.value, past.value>(from(static_cast<A*>(out)), from(cast<A>(state)),
                                                           from(cast<T>(grad)), n - at < kPiece ? n - at : kPiece, decay);
       }
+      if (past) end_streaming();
       return sum;
     };
-    constexpr std::true_type yes{};
-    constexpr std::false_type no{};
+    const bool aligned = reinterpret_cast<std::uintptr_t>(out) % IGB_SIMD_BYTES == 0;
+    const auto run = [&](auto has_state, auto has_grad) {
+      return past_caches && aligned && out != state ? run_with(has_state, has_grad, yes)
+                                                    : run_with(has_state, has_grad, no);
+    };
     return state ? (grad ? run(yes, yes) : run(yes, no)) : (grad ? run(no, yes) : run(no, no));
   });
 }

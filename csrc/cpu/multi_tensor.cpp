@@ -66,6 +66,7 @@ class Partition {
   }
 
   int blocks() const { return blocks_; }
+  std::int64_t elements() const { return elements_; }
   // body(block, chunk) for every chunk of every block: blocks in any order, the chunks of one in sequence.
   template <class Body> void for_each(int threads, Body&& body) const {
     const auto useful = std::min<std::int64_t>(blocks_, 1 + elements_ / kElementsWorthAThread);
@@ -174,10 +175,12 @@ void ema(const TensorTable& out, const TensorTable& state, const TensorTable& gr
          int threads) {
   const Partition partition(out);
   Sums sums(partition.blocks(), out.tasks);
+  constexpr std::int64_t kElementsBeyondCaches = 2 << 20;
+  const bool past_caches = partition.elements() > kElementsBeyondCaches;
   partition.for_each(threads, [&](int block, const Chunk& chunk) {
     for (int k = 0; k < out.tasks; ++k)
       sums.of(block)[k] += chosen->ema(grads.dtype[chunk.param], at(out, k, chunk), at(state, k, chunk),
-                                       at(grads, k, chunk), std::size_t(chunk.size), decay);
+                                       at(grads, k, chunk), std::size_t(chunk.size), decay, past_caches);
   });
   sums.total(norms);
 }

@@ -79,6 +79,25 @@ template <> inline f16 from_accumulator<f16>(float x) {
 
 inline Vec<float> load(const float* p) { return *reinterpret_cast<const Lanes<float>::unaligned*>(p); }
 inline Vec<double> load(const double* p) { return *reinterpret_cast<const Lanes<double>::unaligned*>(p); }
+// Past the caches, for results that are not read again soon: saves reading the line first. Aligned addresses only.
+#if defined(__AVX512F__)
+inline void stream(float* p, Vec<float> v) { _mm512_stream_ps(p, v); }
+inline void stream(double* p, Vec<double> v) { _mm512_stream_pd(p, v); }
+#elif defined(__AVX2__)
+inline void stream(float* p, Vec<float> v) { _mm256_stream_ps(p, v); }
+inline void stream(double* p, Vec<double> v) { _mm256_stream_pd(p, v); }
+#elif defined(__SSE2__)
+inline void stream(float* p, Vec<float> v) { _mm_stream_ps(p, v); }
+inline void stream(double* p, Vec<double> v) { _mm_stream_pd(p, v); }
+#else
+template <class A> void stream(A* p, Vec<A> v) { *reinterpret_cast<Vec<A>*>(p) = v; }
+#endif
+inline void end_streaming() {
+#if defined(__SSE2__)
+  _mm_sfence();
+#endif
+}
+
 inline void store(float* p, Vec<float> v) { *reinterpret_cast<Lanes<float>::unaligned*>(p) = v; }
 inline void store(double* p, Vec<double> v) { *reinterpret_cast<Lanes<double>::unaligned*>(p) = v; }
 

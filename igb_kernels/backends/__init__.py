@@ -29,8 +29,8 @@ class Table(Protocol):
 class Backend(Protocol):
     """The operations without argument checks: `ops` documents and checks them, the balancer calls them directly."""
 
-    def Table(self, tensors: OptionalTensors, tasks: int, like: OptionalTensors | None = None) -> Any:
-        """A `Table`; `like` gives the memory layout of each column (another table's `columns`)."""
+    def Table(self, tensors: OptionalTensors, tasks: int, like: Any = None) -> Any:
+        """A `Table`; `like` is another whose columns' memory layouts it takes."""
 
     def gram(self, grads: Any, tasks: int) -> Tensor: ...
 

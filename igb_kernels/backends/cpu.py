@@ -30,22 +30,29 @@ class Table:
     be written to, has a stand-in until `write_back`.
     """
 
-    def __init__(self, tensors: OptionalTensors, tasks: int, like: OptionalTensors | None = None) -> None:
-        """`like` gives the columns' layouts; by default, that is the first tensor of each that is there."""
+    def __init__(self, tensors: OptionalTensors, tasks: int, like: Table | None = None) -> None:
+        """`like` is a table whose layouts this one takes; by default they are those of the first tensors there are."""
         params = len(tensors) // tasks
         self.given = tensors
-        self.columns = _dense(_columns(tensors, params)) if like is None else like
-        self.tensors = _laid_out(tensors, self.columns)
-        own = (
-            self.columns
-            if like is None
-            else [column if t is None else t for t, column in zip(_columns(tensors, params), like, strict=True)]
-        )
+        first = _columns(tensors, params)
+        if like is None:
+            self.columns = _dense(first)
+            self.strides = [None if t is None else t.stride() for t in self.columns]
+            self.numel = array("q", [0 if t is None else t.numel() for t in self.columns])
+        else:
+            self.columns, self.strides, self.numel = like.columns, like.strides, like.numel
+        self.tensors = _laid_out(tensors, self.columns, self.strides)
         addresses = array("Q", [0 if t is None else t.data_ptr() for t in self.tensors])
-        numel = array("q", [0 if t is None else t.numel() for t in self.columns])
-        dtypes = array("B", [0 if t is None else _DTYPE_CODES[t.dtype] for t in own])
+        # A column without tensors still says how it is to be summed.
+        dtypes = array(
+            "B",
+            [
+                0 if (known := column if t is None else t) is None else _DTYPE_CODES[known.dtype]
+                for t, column in zip(first, self.columns, strict=True)
+            ],
+        )
         self.native = _C.Table(
-            addresses.buffer_info()[0], numel.buffer_info()[0], dtypes.buffer_info()[0], tasks, params
+            addresses.buffer_info()[0], self.numel.buffer_info()[0], dtypes.buffer_info()[0], tasks, params
         )
 
     def write_back(self) -> None:
@@ -77,10 +84,11 @@ def _is_dense(t: Tensor) -> bool:
     return True
 
 
-def _laid_out(tensors: OptionalTensors, columns: OptionalTensors) -> OptionalTensors:
+def _laid_out(
+    tensors: OptionalTensors, columns: OptionalTensors, strides: Sequence[tuple[int, ...] | None]
+) -> OptionalTensors:
     """The tensors, with a copy of each whose memory layout is not that of its column."""
     params = len(columns)
-    strides = [None if t is None else t.stride() for t in columns]
     result: list[Tensor | None] | None = None
     for i, t in enumerate(tensors):
         p = i % params

@@ -38,7 +38,7 @@ class Table:
 
     tensors: OptionalTensors
     tasks: int
-    like: OptionalTensors | None = None
+    like: Table | None = None
 
     @property
     def columns(self) -> list[Tensor | None]:

@@ -101,3 +101,19 @@ def test_rollback_removes_nan(backend):
     out = [torch.full((5,), torch.nan)]
     ops.rollback_(out, [torch.arange(5.0)], torch.tensor(1, dtype=torch.int32), backend=backend)
     assert torch.equal(out[0], torch.arange(5.0))
+
+
+@pytest.mark.parametrize("offset", [0, 1])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_results_written_past_the_caches(instruction_set, dtype, offset):
+    """A long column takes another kind of store, and must have the bits of its pieces."""
+    size, piece, wide = (2 << 20) + 4099, 1 << 20, accumulator_dtype(dtype)
+    grad = torch.randn(size + offset).to(dtype)[offset:]
+    state = torch.randn(size + offset, dtype=wide)[offset:]
+    out = torch.full((size + offset,), torch.nan, dtype=wide)[offset:]
+    expected = torch.full((size,), torch.nan, dtype=wide)
+    norm = ops.ema_([[out]], [[state]], [[grad]], 0.9)
+    parts = [t.split(piece) for t in (expected, state, grad)]
+    pieces = sum(ops.ema_([[e]], [[s]], [[g]], 0.9) for e, s, g in zip(*parts, strict=True))
+    assert torch.equal(out, expected)
+    torch.testing.assert_close(norm, pieces, rtol=1e-6, atol=0)
