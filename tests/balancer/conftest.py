@@ -25,4 +25,5 @@ def warnings_said(caplog: pytest.LogCaptureFixture) -> Iterator[list[str]]:
         messages: list[str] = []
         caplog.handler.emit = lambda record: messages.append(record.getMessage())  # type: ignore[method-assign]
         yield messages
+        del caplog.handler.emit  # pytest keeps the handler for later tests
     _log.warn_once.cache_clear()
