@@ -19,14 +19,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from igb_kernels.backends import reference, resolve
+from igb_kernels.backends import OptionalTensors, reference, resolve
 
 NAMESPACE = "igb_kernels"
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 MAX_TASKS = 1024
 
 Row = Sequence[Tensor | None]
-OptionalTensors = Sequence[Tensor | None]
 
 # ---- Methods and rules register what `solve` and `loss_scales` need to know of them -----------------------------
 

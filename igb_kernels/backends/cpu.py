@@ -11,6 +11,7 @@ from torch import Tensor
 
 from igb_kernels import _C
 from igb_kernels._log import warn_once
+from igb_kernels.backends import OptionalTensors
 from igb_kernels.status import Status
 
 METHODS: dict[str, int] = _C.methods
@@ -19,8 +20,6 @@ RULES: dict[str, int] = _C.loss_rules
 _DTYPE_CODES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 
 _NON_FINITE = int(Status.NON_FINITE)
-
-OptionalTensors = Sequence[Tensor | None]
 
 
 class Table:

@@ -8,9 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from igb_kernels.backends import OptionalTensors
 from igb_kernels.status import Status
-
-OptionalTensors = Sequence[Tensor | None]
 
 Solver = Callable[[Tensor, Tensor | None, Sequence[float], Tensor | None], tuple[Tensor, Status]]
 """(Gramian or squared norms, losses, options, state) -> (weights, status), all float64 on the CPU; may write state."""
