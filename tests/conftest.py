@@ -19,7 +19,7 @@ hypothesis.settings.register_profile(
 )
 hypothesis.settings.load_profile("igb_kernels")
 
-INSTRUCTION_SETS = ("avx512", "avx2", "portable")
+INSTRUCTION_SETS = ("avx512bf16", "avx512", "avx2", "portable")
 BACKENDS = ("cpu", "reference")
 
 

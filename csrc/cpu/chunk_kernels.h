@@ -30,6 +30,7 @@ extern const ChunkKernels portable_kernels;
 #ifdef IGB_X86_KERNELS
 extern const ChunkKernels avx2_kernels;
 extern const ChunkKernels avx512_kernels;
+extern const ChunkKernels avx512bf16_kernels;
 #endif
 
 }  // namespace igb::cpu

@@ -42,7 +42,7 @@ void gram_tile(const T* const* a, const T* const* b, size_t n, double (*sums)[kT
   constexpr size_t N = kLanes<A>, kStep = kParts<T> * N;
   Vec<A> total[I][J] = {};
   const auto add = [&](Vec<A> (&into)[I][J], auto&& vector_of) __attribute__((always_inline)) {
-    Vec<A> x[I], y[J];
+    decltype(vector_of(a[0])) x[I], y[J];
 #pragma GCC unroll 4
     for (int i = 0; i < I; ++i) x[i] = vector_of(a[i]);
 #pragma GCC unroll 4
@@ -50,7 +50,7 @@ void gram_tile(const T* const* a, const T* const* b, size_t n, double (*sums)[kT
 #pragma GCC unroll 4
     for (int i = 0; i < I; ++i)
 #pragma GCC unroll 4
-      for (int j = 0; j < (Diagonal ? i + 1 : J); ++j) into[i][j] += x[i] * y[j];
+      for (int j = 0; j < (Diagonal ? i + 1 : J); ++j) into[i][j] = multiply_add(x[i], y[j], into[i][j]);
   };
   size_t e = 0;
   while (e + U * kStep <= n) {
@@ -59,8 +59,13 @@ void gram_tile(const T* const* a, const T* const* b, size_t n, double (*sums)[kT
     for (; e + U * kStep <= end; e += U * kStep)
 #pragma GCC unroll 4
       for (int u = 0; u < U; ++u) {
-        add(acc[u], [&](const T* p) { return load_part<0>(p + e + u * kStep); });
-        if constexpr (kParts<T> == 2) add(acc[u], [&](const T* p) { return load_part<1>(p + e + u * kStep); });
+        const size_t at = e + u * kStep;
+        if constexpr (kMultipliesPairs<T>) {
+          add(acc[u], [at](const T* p) { return load_pairs(p + at); });
+        } else {
+          add(acc[u], [at](const T* p) { return load_part<0>(p + at); });
+          if constexpr (kParts<T> == 2) add(acc[u], [at](const T* p) { return load_part<1>(p + at); });
+        }
       }
     for (int i = 0; i < I; ++i)
       for (int j = 0; j < (Diagonal ? i + 1 : J); ++j)
@@ -177,11 +182,17 @@ double ema(DType grad_dtype, void* out, const void* state, const void* grad, siz
 // More rows than this are summed in groups: the hardware follows about as many streams at once.
 constexpr int kStreams = 8;
 
-// out = init + sum_k weights[k] * rows[k] for at most kStreams rows; init may be null, out one of the rows.
-template <class T, class I, class O>
+// out = init + sum_k weights[k] * rows[k] for at most kStreams rows; init may be null, out one of the rows. InParts: the
+// bf16 among them are read and written in parts; the others' vectors then hold elements in that order.
+template <bool InParts, class T, class I, class O>
 void combine_group(O* out, const I* init, const T* const* rows, const double* weights, int count, size_t n) {
   using A = Accumulator<T>;
   constexpr int N = kLanes<A>, U = 4;
+  const auto vector_at = [](auto* p, int u) __attribute__((always_inline)) {
+    if constexpr (InParts && std::is_same_v<decltype(p), const bf16*>)
+      return u % 2 ? load_part<1>(p + (u - 1) * N) : load_part<0>(p + u * N);
+    else return load(p + u * N);
+  };
   Vec<A> w[kStreams];
   for (int k = 0; k < count; ++k) w[k] = broadcast(A(weights[k]));
   size_t e = 0;
@@ -189,12 +200,16 @@ void combine_group(O* out, const I* init, const T* const* rows, const double* we
     Vec<A> acc[U] = {};
     if (init)
 #pragma GCC unroll 4
-      for (int u = 0; u < U; ++u) acc[u] = load(init + e + u * N);
+      for (int u = 0; u < U; ++u) acc[u] = vector_at(init + e, u);
     for (int k = 0; k < count; ++k)
 #pragma GCC unroll 4
-      for (int u = 0; u < U; ++u) acc[u] += w[k] * load(rows[k] + e + u * N);
+      for (int u = 0; u < U; ++u) acc[u] += w[k] * vector_at(rows[k] + e, u);
+    if constexpr (InParts && std::is_same_v<O, bf16>)
 #pragma GCC unroll 4
-    for (int u = 0; u < U; ++u) store(out + e + u * N, acc[u]);
+      for (int u = 0; u < U; u += 2) store_parts(out + e + u * N, acc[u], acc[u + 1]);
+    else
+#pragma GCC unroll 4
+      for (int u = 0; u < U; ++u) store(out + e + u * N, acc[u]);
   }
   for (; e < n; e += N) {
     const size_t left = n - e;
@@ -208,6 +223,8 @@ void combine_group(O* out, const I* init, const T* const* rows, const double* we
 template <class T, class O>
 void combine_of(O* out, const void* const* rows, const double* weights, int count, size_t n, bool accumulate,
                 Accumulator<T>* partial) {
+  using A = Accumulator<T>;
+  constexpr bool kInParts = std::is_same_v<T, bf16> && std::is_same_v<O, bf16>;
   const T* group[kStreams];
   const O* const init = accumulate ? out : nullptr;
   for (int k0 = 0; k0 == 0 || k0 < count; k0 += kStreams) {
@@ -215,10 +232,10 @@ void combine_of(O* out, const void* const* rows, const double* weights, int coun
     for (int k = 0; k < width; ++k) group[k] = cast<T>(rows[k0 + k]);
     const bool first = k0 == 0, last = k0 + width == count;
     // Between groups the sum stays in `partial`: out may be a row that is still to be read.
-    if (first && last) combine_group<T, O, O>(out, init, group, weights, width, n);
-    else if (first) combine_group<T, O, Accumulator<T>>(partial, init, group, weights, width, n);
-    else if (last) combine_group<T, Accumulator<T>, O>(out, partial, group, weights + k0, width, n);
-    else combine_group<T, Accumulator<T>, Accumulator<T>>(partial, partial, group, weights + k0, width, n);
+    if (first && last) combine_group<kInParts>(out, init, group, weights, width, n);
+    else if (first) combine_group<kInParts>(partial, init, group, weights, width, n);
+    else if (last) combine_group<kInParts>(out, static_cast<const A*>(partial), group, weights + k0, width, n);
+    else combine_group<kInParts>(partial, static_cast<const A*>(partial), group, weights + k0, width, n);
   }
 }
 

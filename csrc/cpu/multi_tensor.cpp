@@ -13,9 +13,10 @@ namespace {
 
 bool runs_here(const ChunkKernels& kernels) {
 #ifdef IGB_X86_KERNELS
-  if (&kernels == &avx512_kernels)
-    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-           __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+  const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+  if (&kernels == &avx512bf16_kernels) return avx512 && __builtin_cpu_supports("avx512bf16");
+  if (&kernels == &avx512_kernels) return avx512;
   if (&kernels == &avx2_kernels)
     return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
 #endif
@@ -24,7 +25,7 @@ bool runs_here(const ChunkKernels& kernels) {
 
 constexpr const ChunkKernels* kBestFirst[] = {
 #ifdef IGB_X86_KERNELS
-    &avx512_kernels, &avx2_kernels,
+    &avx512bf16_kernels, &avx512_kernels, &avx2_kernels,
 #endif
     &portable_kernels};
 

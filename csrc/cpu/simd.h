@@ -106,13 +106,26 @@ inline void store(double* p, Vec<double> v) { *reinterpret_cast<Lanes<double>::u
 template <class T> constexpr int kParts = 1;
 template <> constexpr int kParts<bf16> = 2;
 
+typedef std::uint32_t Bits __attribute__((vector_size(IGB_SIMD_BYTES)));
+typedef std::uint32_t UnalignedBits __attribute__((vector_size(IGB_SIMD_BYTES), aligned(2), may_alias));
+
 template <int Part, class T> auto load_part(const T* p) { return load(p); }
 template <int Part> Vec<float> load_part(const bf16* p) {
-  typedef std::uint32_t bits __attribute__((vector_size(IGB_SIMD_BYTES), aligned(2), may_alias));
-  typedef std::uint32_t aligned_bits __attribute__((vector_size(IGB_SIMD_BYTES)));
-  const aligned_bits pair = *reinterpret_cast<const bits*>(p);
-  return Vec<float>(Part == 0 ? pair << 16 : pair & 0xffff0000u);
+  const Bits pairs = *reinterpret_cast<const UnalignedBits*>(p);
+  return Vec<float>(Part == 0 ? pairs << 16 : pairs & 0xffff0000u);
 }
+
+// Where the machine multiplies and adds bf16 itself, both parts at once. Its products are exact; bf16 subnormals count
+// as zero, as their products with ordinary numbers nearly are.
+#if defined(__AVX512BF16__)
+template <class T> constexpr bool kMultipliesPairs = false;
+template <> constexpr bool kMultipliesPairs<bf16> = true;
+inline __m512bh load_pairs(const bf16* p) { return __m512bh(_mm512_loadu_si512(p)); }
+inline Vec<float> multiply_add(__m512bh x, __m512bh y, Vec<float> sum) { return _mm512_dpbf16_ps(sum, x, y); }
+#else
+template <class T> constexpr bool kMultipliesPairs = false;
+#endif
+template <class V> V multiply_add(V x, V y, V sum) { return sum + x * y; }
 
 #if defined(__AVX512F__)
 inline Vec<float> load(const bf16* p) {
@@ -132,14 +145,18 @@ inline Vec<float> load(const bf16* p) {
   return Vec<float>(__builtin_convertvector(*reinterpret_cast<const half_bits*>(p), full_bits) << 16);
 }
 #endif
+// Rounded to bf16 (nearest, ties to even; a NaN stays one), which is the upper half of each element.
+inline Bits rounded_to_bf16(Vec<float> v) {
+  const Bits u = Bits(v), nearest = u + 0x7fffu + ((u >> 16) & 1u);
+  return v != v ? u | 0x400000u : nearest;
+}
 inline void store(bf16* p, Vec<float> v) {
-  constexpr int n = kLanes<float>;
-  typedef std::uint16_t half_bits __attribute__((vector_size(2 * n), aligned(2), may_alias));
-  typedef std::uint32_t full_bits __attribute__((vector_size(4 * n)));
-  const full_bits u = full_bits(v);
-  const full_bits nearest = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16, quiet = (u >> 16) | 0x40u;
-  const full_bits is_nan = full_bits((u & 0x7fffffffu) > 0x7f800000u);
-  *reinterpret_cast<half_bits*>(p) = __builtin_convertvector((is_nan & quiet) | (~is_nan & nearest), half_bits);
+  typedef std::uint16_t half_bits __attribute__((vector_size(2 * kLanes<float>), aligned(2), may_alias));
+  *reinterpret_cast<half_bits*>(p) = __builtin_convertvector(rounded_to_bf16(v) >> 16, half_bits);
+}
+inline void store_parts(bf16* p, Vec<float> even, Vec<float> odd) {
+  const Bits pairs = (rounded_to_bf16(even) >> 16) | (rounded_to_bf16(odd) & 0xffff0000u);
+  *reinterpret_cast<UnalignedBits*>(p) = pairs;
 }
 
 #if defined(__AVX512F__)
