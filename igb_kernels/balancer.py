@@ -25,7 +25,7 @@ from igb_kernels.losses import RULES, LossBalancer
 from igb_kernels.ops import DTYPES, accumulator_dtype
 from igb_kernels.result import BalanceResult
 from igb_kernels.status import Status
-from igb_kernels.store import AveragedGradients, KeptGradients, MovingAverages, RunningSum, TaskGradients
+from igb_kernels.store import AveragedGradients, Grads, KeptGradients, MovingAverages, RunningSum, TaskGradients
 
 HEADS = ("scaled", "weighted")
 
@@ -41,6 +41,9 @@ class Balancer:
             result = balancer.backward(model.losses(batch))
             optimizer.step()
         balancer.end_epoch()
+
+    On the CPU, methods that keep all K gradients hold on to K - 1 of them until the next step's come, since memory that
+    goes back to the system in between is slow to get again. They end with the balancer.
 
     Args:
         gradients: a gradient-balancing method, or names: "db_mtl", "igb_v1+db_mtl" (loss balancing + gradient
@@ -83,6 +86,7 @@ class Balancer:
         self._tasks: int | None = None
         self._names: tuple[str, ...] | None = None
         self._averages = MovingAverages()
+        self._outgoing: list[Grads] | None = [] if self.shared[0].device.type == "cpu" else None
         self._head_leaves: list[Tensor] | None = None
 
     def backward(self, losses: Losses, *, retain_graph: bool = False) -> BalanceResult:
@@ -205,7 +209,7 @@ class Balancer:
         if self.gradients.needs() is Needs.RUNNING_NORMS:
             method = self.gradients
             return RunningSum(self.shared, self._run, method.running_weight, method.running_factor)
-        return KeptGradients(self.shared, self._run)
+        return KeptGradients(self.shared, self._run, self._outgoing)
 
     def end_epoch(self) -> None:
         """Tells what counts epochs that one has ended (IGBv1 measures its base losses over one)."""

@@ -82,15 +82,20 @@ def _wide(grad: Tensor) -> torch.dtype:
 class KeptGradients(TaskGradients):
     """All K rows, in the buffers that autograd made. The sum is written over the first of them: no further memory."""
 
-    def __init__(self, params: Sequence[Tensor], backend: Backend) -> None:
+    def __init__(self, params: Sequence[Tensor], backend: Backend, outgoing: list[Grads] | None = None) -> None:
+        """`outgoing` are rows of the last step, let go one by one as the passes need their memory; after the step,
+        this step's. Freed all at once, the C library returns it to the system, and every page faults again."""
         super().__init__(params, backend)
         self._rows: Grads = []
         self._tasks = 0
         self._table: Table | None = None
+        self._outgoing = outgoing
 
     def add(self, grads: Grads) -> None:
         self._rows += grads
         self._tasks += 1
+        if self._outgoing:
+            self._outgoing.pop()
 
     def _as_table(self) -> Table:
         if self._table is None:
@@ -106,6 +111,12 @@ class KeptGradients(TaskGradients):
     def write(self, weights: Tensor, previous: Grads) -> None:
         table = self._as_table()
         self._write(self._rows, self._tasks, table, weights, previous, buffers=table.columns)
+
+    def commit(self, status: Tensor) -> None:
+        if self._outgoing is not None:
+            params = len(self.params)
+            # Without the first: it is in `.grad` now.
+            self._outgoing[:] = [self._rows[k * params : (k + 1) * params] for k in range(1, self._tasks)]
 
 
 class Bank:
@@ -159,7 +170,6 @@ class AveragedGradients(TaskGradients):
         super().__init__(params, backend)
         self._averages, self._decay = averages, decay
         self._norms: list[Tensor] = []
-        self._done: Grads = []
 
     def add(self, grads: Grads) -> None:
         task, current, spare = len(self._norms), self._averages.current, self._averages.spare
@@ -177,15 +187,14 @@ class AveragedGradients(TaskGradients):
         out = spare.table(self.backend, task)
         row = self.backend.Table(grads, 1, out)
         self._norms.append(self.backend.ema_(out, current.table(self.backend, task), row, self._decay, 1))
-        self._done = grads
 
     def sq_norms(self) -> Tensor:
         return torch.cat(self._norms)
 
     def write(self, weights: Tensor, previous: Grads) -> None:
         spare = self._averages.spare
-        # The last gradient has gone into its average: the sum is written over it.
-        self._write(spare.flat(), len(spare.rows), spare.table(self.backend), weights, previous, buffers=self._done)
+        table, buffers = spare.table(self.backend), [None] * len(self.params)
+        self._write(spare.flat(), len(spare.rows), table, weights, previous, buffers)
 
     def commit(self, status: Tensor) -> None:
         self._averages.commit(status, self.backend)

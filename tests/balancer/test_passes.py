@@ -120,15 +120,25 @@ class LiveBytes(TorchDispatchMode):
                 if ref.cdata not in self._found:
                     self._made[ref.cdata] = (ref, tensor.untyped_storage().nbytes())
         self._made = {key: entry for key, entry in self._made.items() if not entry[0].expired()}
-        self.peak = max(self.peak, sum(size for _, size in self._made.values()))
+        self.peak = max(self.peak, self.now)
         return result
+
+    @property
+    def now(self) -> int:
+        return sum(size for ref, size in self._made.values() if not ref.expired())
+
+
+def wide_net(tasks: int, dtype: torch.dtype) -> tuple[Net, int]:
+    """A net whose activations are small beside its parameters, and the bytes of one gradient of the shared ones."""
+    torch.manual_seed(0)
+    encoder = nn.Sequential(*(nn.Linear(96, 96) for _ in range(6)), nn.Linear(96, 5))
+    net = Net(tasks=tasks, encoder=encoder).to(dtype)
+    return net, sum(p.numel() * p.element_size() for p in net.shared)
 
 
 def peak_of_a_step(name: str, dtype: torch.dtype, tasks: int, with_gradients: bool) -> float:
     """Peak of what a step makes beyond the model, in units of one gradient of the shared parameters."""
-    torch.manual_seed(0)
-    encoder = nn.Sequential(*(nn.Linear(96, 96) for _ in range(6)), nn.Linear(96, 5))
-    net = Net(tasks=tasks, encoder=encoder).to(dtype)
+    net, size = wide_net(tasks, dtype)
     balancer = balancer_of(CASES[name], net)
     for _ in range(3):  # the third step finds all its state: averages take turns in two sets of buffers
         net.zero_grad()
@@ -140,7 +150,7 @@ def peak_of_a_step(name: str, dtype: torch.dtype, tasks: int, with_gradients: bo
         with LiveBytes() as made:
             balancer.backward(losses)
         del losses, z
-    return made.peak / sum(p.numel() * p.element_size() for p in net.shared)
+    return made.peak / size
 
 
 @pytest.mark.parametrize("with_gradients", [False, True])
@@ -164,3 +174,25 @@ def test_memory_of_a_step_with_eight_tasks(name, dtype, low, high, with_gradient
 def test_memory_of_streaming_does_not_grow_with_the_tasks():
     few, many = (peak_of_a_step("db_mtl beta 0", torch.float32, tasks, False) for tasks in (2, 16))
     assert many < few + 0.2
+
+
+@pytest.mark.parametrize(
+    ("name", "kept", "peak"),
+    [
+        ("imtl_g", 7, 8),  # all rows but the first, which is in .grad
+        ("db_mtl", 16, 18),  # two sets of moving averages; then one gradient, or the sum
+    ],
+)
+def test_memory_kept_between_steps_does_not_add_to_the_peak(name, kept, peak):
+    net, size = wide_net(8, torch.float32)
+    balancer = balancer_of(CASES[name], net)
+    with LiveBytes() as made:
+        for _ in range(4):
+            losses = [head(net.encoder(torch.randn(2, 96))).square().mean() for head in net.heads]
+            balancer.backward(losses)
+            del losses
+            net.zero_grad()
+    assert made.now / size == pytest.approx(kept, abs=0.3)
+    assert made.peak / size < peak + 0.4
+    del balancer
+    assert made.now / size < 0.3
