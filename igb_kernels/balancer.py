@@ -25,7 +25,15 @@ from igb_kernels.losses import RULES, LossBalancer
 from igb_kernels.ops import DTYPES, accumulator_dtype
 from igb_kernels.result import BalanceResult
 from igb_kernels.status import Status
-from igb_kernels.store import AveragedGradients, Grads, KeptGradients, MovingAverages, RunningSum, TaskGradients
+from igb_kernels.store import (
+    AveragedGradients,
+    Grads,
+    KeptGradients,
+    MovingAverages,
+    RunningSum,
+    TaskGradients,
+    rows_in_cache,
+)
 
 HEADS = ("scaled", "weighted")
 
@@ -153,7 +161,7 @@ class Balancer:
     ) -> tuple[Tensor, Tensor, Tensor]:
         """One pass for each task; weights from what they show; their weighted sum into `.grad`."""
         self._check_previous(shared, heads)
-        rows, head_rows = self._rows(), KeptGradients(self.task_parameters, self._run)
+        rows, head_rows = self._rows(len(tasks)), KeptGradients(self.task_parameters, self._run)
         for grads in task_passes(tasks, scales, self.shared, retain_graph):
             rows.add(grads)
             del grads  # a store that does not keep them frees their memory for the next pass
@@ -202,11 +210,11 @@ class Balancer:
         if self.task_parameters:
             check_dense(heads.previous, "task_parameters")
 
-    def _rows(self) -> TaskGradients:
+    def _rows(self, tasks: int) -> TaskGradients:
         decay = self.gradients.ema_decay()
         if decay is not None:
             return AveragedGradients(self.shared, self._run, self._averages, decay)
-        if self.gradients.needs() is Needs.RUNNING_NORMS:
+        if self.gradients.needs() is Needs.RUNNING_NORMS and rows_in_cache(self.shared) < tasks:
             method = self.gradients
             return RunningSum(self.shared, self._run, method.running_weight, method.running_factor)
         return KeptGradients(self.shared, self._run, self._outgoing)

@@ -75,6 +75,14 @@ class TaskGradients:
                 torch.autograd.graph.increment_version(target)
 
 
+CACHE_BYTES = 2 << 20
+
+
+def rows_in_cache(params: Sequence[Tensor]) -> int:
+    """How many rows of gradients stay in a core's cache; of more parameters than that, one."""
+    return max(1, CACHE_BYTES // max(1, sum(p.numel() * p.element_size() for p in params)))
+
+
 def _wide(grad: Tensor) -> torch.dtype:
     return accumulator_dtype(grad.dtype)
 
@@ -124,23 +132,21 @@ class Bank:
 
     def __init__(self, rows: Sequence[Grads] = ()) -> None:
         self.rows = [list(row) for row in rows]
-        self._tables: dict[int, Table] = {}
+        self._tables: dict[tuple[int, int], Table] = {}
 
     def row(self, task: int, params: int) -> Grads:
         if task == len(self.rows):
             self.rows.append([None] * params)
         return self.rows[task]
 
-    def flat(self) -> Grads:
-        return [average for row in self.rows for average in row]
+    def flat(self, first: int = 0, last: int | None = None) -> Grads:
+        return [average for row in self.rows[first:last] for average in row]
 
-    def table(self, backend: Backend, task: int | None = None) -> Table:
-        """The table of one task's row, or of all rows."""
-        key = -1 if task is None else task
-        if key not in self._tables:
-            tensors, tasks = (self.flat(), len(self.rows)) if task is None else (self.rows[task], 1)
-            self._tables[key] = backend.Table(tensors, tasks)
-        return self._tables[key]
+    def table(self, backend: Backend, first: int, last: int) -> Table:
+        """The table of rows first to last - 1."""
+        if (first, last) not in self._tables:
+            self._tables[first, last] = backend.Table(self.flat(first, last), last - first)
+        return self._tables[first, last]
 
     def allocate(self, task: int, p: int, like: Tensor) -> None:
         self.rows[task][p] = torch.empty_like(like, dtype=accumulator_dtype(like.dtype))
@@ -163,38 +169,55 @@ class MovingAverages:
 
 
 class AveragedGradients(TaskGradients):
-    """Moving averages in the rows' place, updated and measured in one pass right after each backward pass, while the
-    gradient is in the cache and before the next one needs memory."""
+    """Moving averages in the rows' place, updated and measured in one pass as soon as there are gradients enough to be
+    worth a call: while they are in the cache, and before the next ones need memory."""
 
     def __init__(self, params: Sequence[Tensor], backend: Backend, averages: MovingAverages, decay: Tensor) -> None:
         super().__init__(params, backend)
         self._averages, self._decay = averages, decay
         self._norms: list[Tensor] = []
+        self._tasks = self._averaged = 0
+        self._waiting: Grads = []
+        self._spent: Grads = [None] * len(params)  # what is in an average already: the sum may be written over it
+        self._most_waiting = rows_in_cache(params)
 
     def add(self, grads: Grads) -> None:
-        task, current, spare = len(self._norms), self._averages.current, self._averages.spare
-        old, new = (bank.row(task, len(self.params)) for bank in (current, spare))
-        for p, grad in enumerate(grads):
-            average = new[p]
+        averages = self._averages.spare.row(self._tasks, len(self.params))
+        for p, (average, grad) in enumerate(zip(averages, grads, strict=True)):
             if average is None:
-                if grad is not None or old[p] is not None:
-                    spare.allocate(task, p, self.params[p])
-            elif grad is not None and average.dtype is not _wide(grad):
+                self._start_average(p, grad)
+            elif grad is not None and average.dtype is not grad.dtype and average.dtype is not _wide(grad):
                 raise ValueError(
                     f"shared[{p}] has gradients in {grad.dtype}, its moving averages are in {average.dtype}: "
                     "the parameter's dtype must not change while it is balanced"
                 )
-        out = spare.table(self.backend, task)
-        row = self.backend.Table(grads, 1, out)
-        self._norms.append(self.backend.ema_(out, current.table(self.backend, task), row, self._decay, 1))
+        self._tasks += 1
+        self._waiting += grads
+        if self._tasks - self._averaged >= self._most_waiting:
+            self._average()
+
+    def _start_average(self, p: int, grad: Tensor | None) -> None:
+        old = self._averages.current.row(self._tasks, len(self.params))[p]
+        if grad is not None or old is not None:
+            self._averages.spare.allocate(self._tasks, p, self.params[p])
+
+    def _average(self) -> None:
+        first, last = self._averaged, self._tasks
+        out, old = (bank.table(self.backend, first, last) for bank in (self._averages.spare, self._averages.current))
+        rows = self.backend.Table(self._waiting, last - first, out)
+        self._norms.append(self.backend.ema_(out, old, rows, self._decay, last - first))
+        self._averaged, self._waiting = last, []
 
     def sq_norms(self) -> Tensor:
-        return torch.cat(self._norms)
+        if self._averaged < self._tasks:
+            self._spent = self._waiting[-len(self.params) :]
+            self._average()
+        return self._norms[0] if len(self._norms) == 1 else torch.cat(self._norms)
 
     def write(self, weights: Tensor, previous: Grads) -> None:
         spare = self._averages.spare
-        table, buffers = spare.table(self.backend), [None] * len(self.params)
-        self._write(spare.flat(), len(spare.rows), table, weights, previous, buffers)
+        table = spare.table(self.backend, 0, self._tasks)
+        self._write(spare.flat(), self._tasks, table, weights, previous, buffers=self._spent)
 
     def commit(self, status: Tensor) -> None:
         self._averages.commit(status, self.backend)

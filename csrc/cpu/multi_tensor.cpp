@@ -180,8 +180,9 @@ void ema(const TensorTable& out, const TensorTable& state, const TensorTable& gr
   const bool past_caches = partition.elements() > kElementsBeyondCaches;
   partition.for_each(threads, [&](int block, const Chunk& chunk) {
     for (int k = 0; k < out.tasks; ++k)
-      sums.of(block)[k] += chosen->ema(grads.dtype[chunk.param], at(out, k, chunk), at(state, k, chunk),
-                                       at(grads, k, chunk), std::size_t(chunk.size), decay, past_caches);
+      if (void* average = at(out, k, chunk))
+        sums.of(block)[k] += chosen->ema(grads.dtype[chunk.param], average, at(state, k, chunk), at(grads, k, chunk),
+                                         std::size_t(chunk.size), decay, past_caches);
   });
   sums.total(norms);
 }

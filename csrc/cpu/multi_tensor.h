@@ -13,8 +13,8 @@ void gram(const TensorTable& grads, double* gram, int threads);
 // norms: K sums of squares.
 void sq_norms(const TensorTable& grads, double* norms, int threads);
 
-// out = decay * state + (1 - decay) * grads and the K sums of squares of out, in one pass. out has no missing
-// entries; out and state hold accumulators of the grads' dtypes.
+// out = decay * state + (1 - decay) * grads, where out has an entry, and the K sums of squares of out, in one pass. out
+// and state hold accumulators of the grads' dtypes; missing entries of state and grads count as zeros.
 void ema(const TensorTable& out, const TensorTable& state, const TensorTable& grads, double decay, double* norms,
          int threads);
 

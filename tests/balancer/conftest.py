@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from igb_kernels import _log
+from igb_kernels import _log, balancer, store
 
 
 @pytest.fixture(autouse=True)
@@ -15,6 +15,13 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(params=[1, 2, 1000], ids=lambda rows: f"{rows}_at_once")
+def rows_at_once(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Large models' gradients are averaged or summed one by one, small ones' together."""
+    monkeypatch.setattr(store, "rows_in_cache", lambda params: request.param)
+    monkeypatch.setattr(balancer, "rows_in_cache", lambda params: request.param)
 
 
 @pytest.fixture

@@ -11,6 +11,8 @@ import igb_kernels as igb
 from .models import Net, Snapshot, grads_of, make_net, same
 from .oracle import CASES, STORES, Oracle, balancer_of, check_step
 
+pytestmark = pytest.mark.usefixtures("rows_at_once")
+
 STORED = ["equal", *STORES]
 
 

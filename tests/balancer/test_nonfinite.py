@@ -12,6 +12,8 @@ import igb_kernels as igb
 from .models import TASKS, Net, Snapshot, make_net, same
 from .oracle import CASES, balancer_of
 
+pytestmark = pytest.mark.usefixtures("rows_at_once")
+
 
 class Explode(torch.autograd.Function):
     """Adds nothing to a loss, and an infinite or NaN element to the gradient of a tensor."""

@@ -128,10 +128,14 @@ class LiveBytes(TorchDispatchMode):
         return sum(size for ref, size in self._made.values() if not ref.expired())
 
 
+WIDTH = 320
+
+
 def wide_net(tasks: int, dtype: torch.dtype) -> tuple[Net, int]:
-    """A net whose activations are small beside its parameters, and the bytes of one gradient of the shared ones."""
+    """A net whose activations are small beside its parameters, and the bytes of one gradient of the shared ones: more
+    than `store.rows_in_cache` counts as small."""
     torch.manual_seed(0)
-    encoder = nn.Sequential(*(nn.Linear(96, 96) for _ in range(6)), nn.Linear(96, 5))
+    encoder = nn.Sequential(*(nn.Linear(WIDTH, WIDTH) for _ in range(6)), nn.Linear(WIDTH, 5))
     net = Net(tasks=tasks, encoder=encoder).to(dtype)
     return net, sum(p.numel() * p.element_size() for p in net.shared)
 
@@ -145,7 +149,7 @@ def peak_of_a_step(name: str, dtype: torch.dtype, tasks: int, with_gradients: bo
         if with_gradients:
             for p in net.parameters():
                 p.grad = torch.zeros_like(p)
-        z = net.encoder(torch.randn(2, 96, dtype=dtype))
+        z = net.encoder(torch.randn(2, WIDTH, dtype=dtype))
         losses = [head(z).square().mean() for head in net.heads]
         with LiveBytes() as made:
             balancer.backward(losses)
@@ -188,7 +192,7 @@ def test_memory_kept_between_steps_does_not_add_to_the_peak(name, kept, peak):
     balancer = balancer_of(CASES[name], net)
     with LiveBytes() as made:
         for _ in range(4):
-            losses = [head(net.encoder(torch.randn(2, 96))).square().mean() for head in net.heads]
+            losses = [head(net.encoder(torch.randn(2, WIDTH))).square().mean() for head in net.heads]
             balancer.backward(losses)
             del losses
             net.zero_grad()

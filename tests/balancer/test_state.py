@@ -13,6 +13,8 @@ import igb_kernels as igb
 from .models import TASKS, Net, Snapshot, make_net, same
 from .oracle import BASES, CASES
 
+pytestmark = pytest.mark.usefixtures("rows_at_once")
+
 
 class Run:
     """A model, its balancer and its optimizer; epochs of three steps, gradients of two batches added up."""

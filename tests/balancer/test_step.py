@@ -8,6 +8,8 @@ import igb_kernels as igb
 from .models import TASKS, Net, grads_of, make_net
 from .oracle import CASES, LOWER, STORES, TOLERANCE, Case, Oracle, balancer_of, check_step
 
+pytestmark = pytest.mark.usefixtures("rows_at_once")
+
 DTYPES = list(TOLERANCE)
 STEPS = 4
 
