@@ -10,10 +10,13 @@
 #include "../core/losses.h"
 #include "../core/solve.h"
 #include "../cpu/multi_tensor.h"
+#ifdef IGB_CUDA
+#include "cuda.h"
+#endif
 
 namespace py = pybind11;
-using igb::cpu::DType;
-using igb::cpu::TensorTable;
+using igb::DType;
+using igb::TensorTable;
 using Address = std::uintptr_t;
 
 namespace {
@@ -103,4 +106,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("state_size", [](int method, int tasks) { return igb::state_size(igb::Method(method), tasks); });
   m.def("instruction_set", &igb::cpu::instruction_set);
   m.def("use_instruction_set", [](const std::string& name) { return igb::cpu::use_instruction_set(name.c_str()); });
+#ifdef IGB_CUDA
+  igb::bindings::bind_cuda(m.def_submodule("cuda"));
+#endif
 }

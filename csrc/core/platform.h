@@ -8,8 +8,11 @@
 
 #if defined(__CUDACC__)
 #define IGB_HD __host__ __device__
+// Before a function template for both that is given, on the host, what is for the host alone.
+#define IGB_ANY_CALLABLE _Pragma("nv_exec_check_disable")
 #else
 #define IGB_HD
+#define IGB_ANY_CALLABLE
 #endif
 
 namespace igb {

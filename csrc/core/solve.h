@@ -22,6 +22,7 @@ enum class Method : int { equal = 0, db_mtl = 1, emtl = 2, imtl_g = 3, nash_mtl 
 
 namespace detail {
 
+IGB_ANY_CALLABLE
 template <class Visitor>
 IGB_HD constexpr auto select(Method method, const Visitor& visit) {
   switch (method) {

@@ -2,7 +2,7 @@
 #pragma once
 #include <cstddef>
 
-#include "tensor_table.h"
+#include "../core/tensor_table.h"
 
 namespace igb::cpu {
 

@@ -7,7 +7,7 @@
 
 namespace {
 
-using igb::cpu::DType;
+using igb::DType;
 
 template <class T> const T* cast(const void* p) { return static_cast<const T*>(p); }
 

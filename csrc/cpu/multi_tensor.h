@@ -3,9 +3,11 @@
 // Sums are formed per chunk (in the accumulator's precision), per block of chunks and over blocks (in double).
 // Chunks and blocks depend on the sizes alone, so the result has the same bits for every number of threads.
 #pragma once
-#include "tensor_table.h"
+#include "../core/tensor_table.h"
 
 namespace igb::cpu {
+
+constexpr int kMaxTasks = 1024;
 
 // gram: K×K, row-major, symmetric.
 void gram(const TensorTable& grads, double* gram, int threads);

@@ -2,7 +2,7 @@
 #pragma once
 #include <cstdint>
 
-namespace igb::cpu {
+namespace igb {
 
 enum class DType : std::uint8_t { f32 = 0, f64 = 1, bf16 = 2, f16 = 3 };
 
@@ -12,8 +12,6 @@ constexpr std::int64_t element_size(DType t) {
 
 // Sums over half and single precision run in float, over double in double.
 constexpr DType accumulator_of(DType t) { return t == DType::f64 ? DType::f64 : DType::f32; }
-
-constexpr int kMaxTasks = 1024;
 
 // Row k, column p is at address[k * params + p]; 0 means that task k does not reach parameter p.
 // A column has one element count and one dtype, and its tensors are dense with equal strides.
@@ -25,4 +23,4 @@ struct TensorTable {
   std::int64_t params;
 };
 
-}  // namespace igb::cpu
+}  // namespace igb
