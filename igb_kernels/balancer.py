@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from igb_kernels.backends import Backend, resolve
+from igb_kernels.backends import Backend, captures_graph, resolve
 from igb_kernels.capture import (
     GradsSetAside,
     Losses,
@@ -53,6 +52,14 @@ class Balancer:
     On the CPU, methods that keep all K gradients hold on to K - 1 of them until the next step's come, since memory that
     goes back to the system in between is slow to get again. They end with the balancer.
 
+    With the backend "cuda", a step waits for nothing, and can be part of a CUDA graph, together with the passes before
+    and after it. Take a few steps before the capture: the first one makes the state. Replays advance the state as steps
+    do, and both may follow each other; after `load_state_dict`, capture anew. Where the host decides what a step does,
+    capturing it raises: with NashMTL's `update_every` above 1, and with IGBv1 until its base losses are known; so does
+    DB-MTL where a parameter gets its first gradient. The other backends solve the K×K problem on the host, and wait.
+
+    All steps run on one stream, or on streams that wait for each other, as for any tensors that outlive a step.
+
     Args:
         gradients: a gradient-balancing method, or names: "db_mtl", "igb_v1+db_mtl" (loss balancing + gradient
             balancing), or a loss-balancing rule alone ("igb_v1": equal weights on its scaled losses).
@@ -87,6 +94,9 @@ class Balancer:
             raise ValueError(f'task_parameters go with heads="weighted", and with it alone; {given}')
         self.heads = heads
         self.task_parameters = [] if task_parameters is None else _parameters("task_parameters", task_parameters)
+        if self.task_parameters and self.task_parameters[0].device != self.shared[0].device:
+            devices = self.shared[0].device, self.task_parameters[0].device
+            raise ValueError(f"task_parameters must be on {devices[0]} like shared, found them on {devices[1]}")
         if both := {id(p) for p in self.shared} & {id(p) for p in self.task_parameters}:
             raise ValueError(f"shared and task_parameters must be disjoint, found {len(both)} tensors in both")
         self.backend = backend
@@ -101,17 +111,26 @@ class Balancer:
         """Computes the balanced gradients and adds them to `.grad`; replaces `sum(losses).backward()`.
 
         Args:
-            losses: K scalar tensors in a list, or a dict by task name, or one 1-D tensor (best made by torch.stack).
+            losses: K scalar tensors in a list, or a dict by task name, or one 1-D tensor (best made by torch.stack);
+                on the device of the shared parameters.
             retain_graph: keep the graph for further backward passes, as in `torch.Tensor.backward`.
 
         Returns:
             What was done, as tensors on the losses' device; nothing is synchronised.
 
         Raises:
-            ValueError, TypeError: for losses that cannot be balanced. Whatever raises, `.grad` of the shared
-                parameters (and of the heads that the first step reached) and the balancer's state stay as they were.
+            ValueError, TypeError: for losses that cannot be balanced.
+            RuntimeError: for a step that cannot be captured in a CUDA graph, while one is.
+            Whatever raises, `.grad` of the shared parameters (and of the heads that the first step reached) and the
+            balancer's state stay as they were.
         """
         tasks = TaskLosses(losses, self._names)
+        if tasks.values.device != self.shared[0].device:
+            raise ValueError(
+                f"losses must be on {self.shared[0].device} like the shared parameters, found {tasks.values.device}"
+            )
+        if captures_graph(self.shared[0].device):
+            self._check_capture()
         before = self.state_dict() if self._tasks is None else None
         try:
             self._start(tasks)
@@ -126,6 +145,13 @@ class Balancer:
     @property
     def _run(self) -> Backend:
         return resolve(self.backend, self.shared[0].device.type)
+
+    def _check_capture(self) -> None:
+        if self._tasks is None:
+            raise RuntimeError("the first step cannot be captured in a CUDA graph: take one before, it makes the state")
+        for part in (self.losses, self.gradients):
+            if reason := part.host_decision():
+                raise RuntimeError(f"this step cannot be captured in a CUDA graph: {reason} on the host")
 
     def _start(self, tasks: TaskLosses) -> None:
         if self._tasks is None:
@@ -239,7 +265,8 @@ class Balancer:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restores `state_dict`'s result; the next step then has the same bits as after the step that was saved.
+        """Restores `state_dict`'s result, from any device; the next step then has the same bits as after the step that
+        was saved.
 
         Raises:
             ValueError: where the state is of other methods, or of other shared parameters. Nothing is changed then.
@@ -254,23 +281,29 @@ class Balancer:
             found = [None if average is None else (tuple(average.shape), average.dtype) for average in row]
             if len(found) != len(expected) or any(f not in (None, e) for f, e in zip(found, expected, strict=True)):
                 raise ValueError(f"the state's moving averages do not fit the shared parameters: {found}")
-        state = copy.deepcopy(state)  # the caller's tensors are not ours to write to
+        state = _copied(state, self.shared[0].device)  # the caller's tensors are not ours to write to
         self.losses.load_state_dict(state["losses"])
         self.gradients.load_state_dict(state["gradients"])
         self._tasks = state["tasks"]
         self._names = None if state["names"] is None else tuple(state["names"])
-        self._averages = MovingAverages(
-            [
-                [None if average is None else average.to(p.device) for average, p in zip(row, self.shared, strict=True)]
-                for row in state["averages"]
-            ]
-        )
+        self._averages = MovingAverages(state["averages"])
 
     def __repr__(self) -> str:
         return (
             f"Balancer({self.gradients!r}, losses={self.losses!r}, shared={len(self.shared)} tensors, "
             f"heads={self.heads!r}, backend={self.backend!r})"
         )
+
+
+def _copied(state: Any, device: torch.device) -> Any:
+    """Nested containers with copies of their tensors on the device."""
+    if isinstance(state, Tensor):
+        return state.detach().to(device, copy=True)
+    if isinstance(state, Mapping):
+        return {key: _copied(value, device) for key, value in state.items()}
+    if isinstance(state, list | tuple):
+        return [_copied(value, device) for value in state]
+    return state
 
 
 def _methods(

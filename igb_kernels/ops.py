@@ -271,6 +271,8 @@ def _solve(
         if state is None or state.shape != (size,) or state.dtype is not torch.float64 or not state.is_contiguous():
             found = "None" if state is None else f"{tuple(state.shape)}, {state.dtype}"
             raise ValueError(f"solve: state must be a contiguous float64 tensor of shape ({size},), found {found}")
+        if state.device != gram.device:
+            raise ValueError(f"solve: state must be on {gram.device} like gram, found it on {state.device}")
     weights, status = resolve(backend, gram.device.type).solve(method, gram, losses, options, state)
     if state is not None:
         torch.autograd.graph.increment_version([state])
@@ -389,14 +391,15 @@ def ema_(out: Rows, state: Rows, grads: Rows, decay: float | Tensor, *, backend:
         out: K rows of P tensors, without None; written. Float32 for half and single precision gradients, else float64.
         state: like `out`, and may be `out`; None counts as zeros.
         grads: as in `gram`; None counts as zeros.
-        decay: one number.
+        decay: one number. A tensor on another device is copied, which waits.
 
     Returns:
-        Tensor [K], float64.
+        Tensor [K], float64, on the device of `out`.
     """
     flat_out, tasks = _flat("ema_", "out", out)
     flat_state, flat_grads = _flat("ema_", "state", state)[0], _flat("ema_", "grads", grads)[0]
-    decay = decay if isinstance(decay, Tensor) else torch.tensor(decay, dtype=torch.float64)
+    if not isinstance(decay, Tensor):  # filled in on the device: a copy to it would wait
+        decay = torch.full((1,), decay, dtype=torch.float64, device=_device_of(flat_out))
     result: Tensor = registered.ema_(flat_out, flat_state, flat_grads, decay, tasks, backend)
     return result
 
@@ -409,7 +412,7 @@ def combine_(
     Args:
         out: P tensors, written; each may be a tensor of `grads`. Float32 sums can be written in half precision.
         grads: as in `gram`.
-        weights: Tensor [K], floating.
+        weights: Tensor [K], floating. From another device they are copied, which waits.
     """
     flat, tasks = _flat("combine_", "grads", grads)
     _check_vector("combine_", "weights", weights, (tasks,))
@@ -431,7 +434,7 @@ def solve(
         method: "equal", "db_mtl", "emtl", "imtl_g" or "nash_mtl".
         gram: Tensor [K, K]; [K] squared norms do for methods that need no more.
         losses: Tensor [K], for methods that use them (EMTL).
-        state: the method's float64 state, updated in place; a new one if not given.
+        state: the method's float64 state, on the Gramian's device, updated in place; a new one if not given.
         options: the method's, by name; see its class.
 
     Returns:

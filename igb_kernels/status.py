@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import enum
 
+import torch
 from torch import Tensor
 
 
@@ -31,24 +32,40 @@ UNUSABLE = int(Status.NON_FINITE | Status.NON_POSITIVE_LOSS)
 
 
 class UsableSteps:
-    """Counts the steps that could be used. A step's status is read when the next one begins: no wait for its kernels
-    while they run."""
+    """Counts the steps that could be used, on the host.
+
+    A step's status is read when the next one begins. From a GPU it is copied to pinned memory when the step ends, and
+    that copy alone is waited for: not for the forward pass that has been put on the GPU since.
+    """
 
     def __init__(self, count: int = 0) -> None:
         self._count = count
         self._unread: Tensor | None = None
+        self._pinned: Tensor | None = None
+        self._copied: torch.cuda.Event | None = None
 
     def add(self, status: Tensor) -> None:
         """A step has ended with this status, int32 []."""
         self._settle()
+        if status.device.type == "cuda":
+            if self._pinned is None:
+                self._pinned = torch.empty((), dtype=torch.int32, pin_memory=True)
+                self._copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            assert self._copied is not None
+            with torch.cuda.device(status.device):
+                status = self._pinned.copy_(status, non_blocking=True)
+                self._copied.record()
         self._unread = status
 
     @property
     def count(self) -> int:
+        """The steps so far that could be used; waits for the end of the last of them."""
         self._settle()
         return self._count
 
     def _settle(self) -> None:
         if self._unread is not None:
+            if self._copied is not None:
+                self._copied.synchronize()
             self._count += not int(self._unread) & UNUSABLE
             self._unread = None

@@ -7,8 +7,9 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from igb_kernels.backends import Backend, OptionalTensors, Table
+from igb_kernels.backends import Backend, OptionalTensors, Table, captures_graph
 from igb_kernels.ops import accumulator_dtype
+from igb_kernels.status import Status
 
 Grads = list[Tensor | None]
 
@@ -142,11 +143,22 @@ class Bank:
     def flat(self, first: int = 0, last: int | None = None) -> Grads:
         return [average for row in self.rows[first:last] for average in row]
 
-    def table(self, backend: Backend, first: int, last: int) -> Table:
-        """The table of rows first to last - 1."""
+    def table(self, backend: Backend, first: int, last: int, captured: bool) -> Table:
+        """The table of rows first to last - 1; in a captured step one of its own, which no other uses or drops."""
+        if captured:
+            own: Table = backend.Table(self.flat(first, last), last - first)
+            return own
         if (first, last) not in self._tables:
             self._tables[first, last] = backend.Table(self.flat(first, last), last - first)
         return self._tables[first, last]
+
+    def start_where(self, other: Bank) -> None:
+        """Starts with zeros the averages that only `other` has."""
+        for row, others in zip(self.rows, other.rows, strict=True):
+            for p, average in enumerate(others):
+                if average is not None and row[p] is None:
+                    row[p] = torch.zeros_like(average)
+                    self._tables.clear()
 
     def allocate(self, task: int, p: int, like: Tensor) -> None:
         self.rows[task][p] = torch.empty_like(like, dtype=accumulator_dtype(like.dtype))
@@ -157,15 +169,23 @@ class MovingAverages:
     """What outlives the step: the current averages, and a second set of buffers for the next ones.
 
     A step reads `current` and writes `spare`; the two change places when it is done. So a step that raises leaves the
-    averages as they were, and one that turns out non-finite can put them back without a host sync.
+    averages as they were, and one that turns out non-finite can put them back without a host sync. The replays of a
+    CUDA graph cannot change places: from the first capture on, what is in `spare` is copied instead.
     """
 
     def __init__(self, rows: Sequence[Grads] = ()) -> None:
         self.current, self.spare = Bank(rows), Bank()
+        self._captured = False
 
-    def commit(self, status: Tensor, backend: Backend) -> None:
-        backend.rollback_(self.spare.flat(), self.current.flat(), status)
-        self.current, self.spare = self.spare, self.current
+    def commit(self, status: Tensor, backend: Backend, captured: bool) -> None:
+        self._captured = self._captured or captured
+        if not self._captured:
+            backend.rollback_(self.spare.flat(), self.current.flat(), status)
+            self.current, self.spare = self.spare, self.current
+            return
+        self.current.start_where(self.spare)
+        usable = (status & int(Status.NON_FINITE)) ^ int(Status.NON_FINITE)
+        backend.rollback_(self.current.flat(), self.spare.flat(), usable)  # of a usable step, what it wrote
 
 
 class AveragedGradients(TaskGradients):
@@ -180,6 +200,7 @@ class AveragedGradients(TaskGradients):
         self._waiting: Grads = []
         self._spent: Grads = [None] * len(params)  # what is in an average already: the sum may be written over it
         self._most_waiting = rows_in_cache(params)
+        self._captured = captures_graph(params[0].device)
 
     def add(self, grads: Grads) -> None:
         averages = self._averages.spare.row(self._tasks, len(self.params))
@@ -198,12 +219,18 @@ class AveragedGradients(TaskGradients):
 
     def _start_average(self, p: int, grad: Tensor | None) -> None:
         old = self._averages.current.row(self._tasks, len(self.params))[p]
+        if old is None and grad is not None and self._captured:
+            raise RuntimeError(
+                f"shared[{p}] gets its first gradient of task {self._tasks} in a captured step: take steps before the "
+                "capture that reach every parameter"
+            )
         if grad is not None or old is not None:
             self._averages.spare.allocate(self._tasks, p, self.params[p])
 
     def _average(self) -> None:
         first, last = self._averaged, self._tasks
-        out, old = (bank.table(self.backend, first, last) for bank in (self._averages.spare, self._averages.current))
+        banks = (self._averages.spare, self._averages.current)
+        out, old = (bank.table(self.backend, first, last, self._captured) for bank in banks)
         rows = self.backend.Table(self._waiting, last - first, out)
         self._norms.append(self.backend.ema_(out, old, rows, self._decay, last - first))
         self._averaged, self._waiting = last, []
@@ -216,11 +243,11 @@ class AveragedGradients(TaskGradients):
 
     def write(self, weights: Tensor, previous: Grads) -> None:
         spare = self._averages.spare
-        table = spare.table(self.backend, 0, self._tasks)
+        table = spare.table(self.backend, 0, self._tasks, self._captured)
         self._write(spare.flat(), self._tasks, table, weights, previous, buffers=self._spent)
 
     def commit(self, status: Tensor) -> None:
-        self._averages.commit(status, self.backend)
+        self._averages.commit(status, self.backend, self._captured)
 
 
 class RunningSum(TaskGradients):

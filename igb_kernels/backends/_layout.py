@@ -95,5 +95,5 @@ def _laid_out(
         if result is None:
             warn_once("gradients of one parameter differ in memory layout: some are copied every step")
             result = list(tensors)
-        result[i] = torch.empty_strided(column.shape, column.stride(), dtype=t.dtype).copy_(t)
+        result[i] = torch.empty_strided(column.shape, column.stride(), dtype=t.dtype, device=t.device).copy_(t)
     return tensors if result is None else result

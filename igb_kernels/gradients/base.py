@@ -94,7 +94,12 @@ class GradientBalancer:
 
     def commit(self, status: Tensor) -> None:
         """Makes the state that `solve` left the current one; `status` is the finished step's, int32 []."""
-        self.state = self._next_state
+        if self.state is not None and self._next_state is not None and self._next_state is not self.state:
+            self.state.copy_(self._next_state)  # in place, where the replays of a CUDA graph read it
+
+    def host_decision(self) -> str | None:
+        """What the host decides before each step, so that none can be captured in a CUDA graph; None: nothing."""
+        return None
 
     def state_dict(self) -> dict[str, Any]:
         """What influences the next step: numbers and tensors (not copies)."""

@@ -78,11 +78,11 @@ class DBMTL(GradientBalancer):
         return self.state[DECAY : DECAY + 1]
 
     def running_weight(self, sq_norm: Tensor) -> Tensor:
-        return torch.where(sq_norm == 0, 0.0, 1 / (sq_norm.sqrt() + self.eps))
+        return (1 / (sq_norm.sqrt() + self.eps)).masked_fill(sq_norm == 0, 0.0)
 
     def running_factor(self, sq_norms: Tensor) -> Tensor:
         largest = sq_norms.max().sqrt().reshape(1)
-        return torch.where(largest.isfinite(), largest, torch.nan)
+        return largest.masked_fill(~largest.isfinite(), torch.nan)
 
 
 @ops.register_solver(

@@ -25,7 +25,8 @@ class NashMTL(GradientBalancer):
     Args:
         max_norm: the update's norm is clipped to this; 0: no clipping. Below √K it always clips.
         update_every: α is computed at every n-th step and kept in between. With `heads="weighted"` the steps in
-            between take one backward pass for all tasks.
+            between take one backward pass for all tasks. The host counts the steps, those that could be used, and so
+            waits for the end of the last one before it starts the next; with 1 it waits for nothing.
     """
 
     name = "nash_mtl"
@@ -62,6 +63,9 @@ class NashMTL(GradientBalancer):
         super().commit(status)
         if self.update_every > 1:
             self._steps.add(status)
+
+    def host_decision(self) -> str | None:
+        return f"NashMTL(update_every={self.update_every}) counts steps" if self.update_every > 1 else None
 
     def state_dict(self) -> dict[str, Any]:
         """See the base class."""

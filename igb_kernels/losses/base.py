@@ -37,6 +37,10 @@ class LossBalancer:
     def commit(self, losses: Tensor, scales: Tensor, status: Tensor) -> None:
         """Takes a finished step's losses and scales [K] into account, unless its status says NON_FINITE."""
 
+    def host_decision(self) -> str | None:
+        """What the host decides before the next step, so that it cannot be captured in a CUDA graph; None: nothing."""
+        return None
+
     def end_epoch(self) -> None:
         """Called by `Balancer.end_epoch`."""
 

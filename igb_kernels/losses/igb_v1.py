@@ -28,7 +28,8 @@ class IGBv1(LossBalancer):
 
     Args:
         base_epoch: the epoch (from 0) whose mean losses are the base; the paper's and IGB4MTL's is the second.
-        steps: use the mean over the first `steps` steps instead.
+        steps: use the mean over the first `steps` steps instead. Until then the host counts them, and waits for the
+            end of each before it starts the next.
         base_losses: use these K positive numbers instead.
     """
 
@@ -73,19 +74,25 @@ class IGBv1(LossBalancer):
             self._sum = torch.zeros(tasks + 1, dtype=torch.float64, device=device)
 
     def per_task(self) -> Tensor | None:
-        measured = self._recorded.count == self.steps if self.steps is not None else self._epoch > self.base_epoch
-        if self._sum is not None and measured:
+        if self._sum is not None and self._measured():
             # Where no step could be used this is NaN, which means unknown.
             self._base, self._sum = self._sum[:-1] / self._sum[-1], None
         return self._base
+
+    def _measured(self) -> bool:
+        return self._recorded.count == self.steps if self.steps is not None else self._epoch > self.base_epoch
 
     def commit(self, losses: Tensor, scales: Tensor, status: Tensor) -> None:
         if self._sum is None or (self.steps is None and self._epoch != self.base_epoch):
             return
         entry = torch.cat([losses.double(), losses.new_ones(1, dtype=torch.float64)])
-        self._sum = self._sum + torch.where((status & UNUSABLE) == 0, entry, 0.0)
+        self._sum = self._sum + entry.masked_fill((status & UNUSABLE) != 0, 0.0)
         if self.steps is not None:
             self._recorded.add(status)
+
+    def host_decision(self) -> str | None:
+        self.per_task()
+        return None if self._sum is None else f"{self!r} has yet to measure its base losses"
 
     def end_epoch(self) -> None:
         self._epoch += 1

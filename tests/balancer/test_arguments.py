@@ -166,3 +166,16 @@ def test_nothing_happens_before_backward(name):
     before = Snapshot(net.parameters())
     igb.Balancer(**CASES[name].make(), shared=net.shared)
     before.check()
+
+
+def test_losses_on_another_device():
+    net = make_net()
+    elsewhere = torch.ones(5, device="meta", requires_grad=True)
+    with pytest.raises(ValueError, match="losses must be on cpu like the shared parameters, found meta"):
+        igb.Balancer("imtl_g", shared=net.shared).backward([elsewhere.sum(), elsewhere.prod()])
+
+
+def test_task_parameters_on_another_device():
+    elsewhere = torch.ones(5, device="meta", requires_grad=True)
+    with pytest.raises(ValueError, match="task_parameters must be on cpu like shared, found them on meta"):
+        igb.Balancer("imtl_g", shared=make_net().shared, heads="weighted", task_parameters=[elsewhere])

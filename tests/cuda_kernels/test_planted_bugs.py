@@ -43,7 +43,7 @@ BUGS = {
 
 def is_right(module: Path) -> bool:
     """Whether a build's kernels pass, in a process of its own: what reads beyond its memory may crash."""
-    command = [sys.executable, "-m", "tests.cuda.check_build", module]
+    command = [sys.executable, "-m", "tests.cuda_kernels.check_build", module]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert result.returncode != 0 or result.stdout == "right\n"
     assert result.returncode in (0, WRONG) or result.returncode < 0, result.stderr

@@ -1,4 +1,4 @@
-"""`python -m tests.cuda.check_build MODULE` says whether the kernels of an emulated build are right."""
+"""`python -m tests.cuda_kernels.check_build MODULE` says whether the kernels of an emulated build are right."""
 
 from __future__ import annotations
 
