@@ -3,6 +3,8 @@
 #   make test    lint, types, C++ and Python tests
 #   make bench   benchmarks against PyTorch and the copy floor
 #   make build   rebuild the compiled module in place after a change in csrc
+# One is for a machine with a GPU, nvcc and all that is needed in PYTHON, and uses neither .venv nor a network:
+#   make gpu-check    build with nvcc, GPU tests, compute-sanitizer, GPU benchmarks
 
 PYTHON ?= python3
 VENV := .venv
@@ -11,7 +13,7 @@ PIP := $(PY) -m pip --disable-pip-version-check
 ARGS ?=
 RESULTS ?= benchmarks/results/latest.json
 
-.PHONY: demo test bench build lint clean
+.PHONY: demo test bench build lint clean gpu-check
 
 demo: $(VENV)/demo
 	$(PY) examples/qm9/train.py $(ARGS)
@@ -21,6 +23,9 @@ test: build lint
 
 bench: build
 	$(PY) -m pytest benchmarks --benchmark-enable --benchmark-columns=median,iqr,rounds --benchmark-json=$(RESULTS) $(ARGS)
+
+gpu-check:
+	PYTHON="$(PYTHON)" benchmarks/gpu_check.sh
 
 build: $(VENV)/dev
 	$(PY) setup.py --quiet build_ext --inplace

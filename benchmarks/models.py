@@ -40,6 +40,10 @@ class Task:
         self.shared = list(self.encoder.parameters())
         self.parameters = [*self.shared, *self.heads.parameters()]
 
+    def to(self, device: torch.device) -> Task:
+        """The same on a device."""
+        return Task(self.encoder.to(device), self.heads.to(device), self.batch.to(device))
+
     def losses(self) -> list[Tensor]:
         representation = self.encoder(self.batch)
         return [(head(representation) - 1).square().mean() for head in self.heads]

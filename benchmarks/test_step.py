@@ -33,22 +33,25 @@ def bare_passes(losses: list[Tensor], task: Task) -> None:
 @pytest.mark.parametrize("tasks", [3, 8])
 @pytest.mark.parametrize("model", MODELS)
 @pytest.mark.parametrize("method", METHODS)
-def test_step(compare, method: str, model: str, tasks: int) -> None:
-    task = MODELS[model](tasks)
-    base = [1.0] * tasks
-    rule = igb.IGBv1(base_losses=base) if method.startswith("igb_v1") else None
-    ours = igb.Balancer(METHODS[method](), rule, shared=task.shared)
-    reference = igb.Balancer(
-        METHODS[method](), igb.IGBv1(base_losses=base) if rule else None, shared=task.shared, backend="reference"
-    )
+def test_step(compare, device, backends, method: str, model: str, tasks: int) -> None:
+    task = MODELS[model](tasks).to(device)
+
+    def balancer(backend: str) -> igb.Balancer:
+        rule = igb.IGBv1(base_losses=[1.0] * tasks) if method.startswith("igb_v1") else None
+        return igb.Balancer(METHODS[method](), rule, shared=task.shared, backend=backend)
+
+    ours, *others = [balancer(backend) for backend in backends]
+    reference = balancer("reference")
 
     def grads_of(balancer: igb.Balancer) -> Tensor:
         task.zero_grad()
         balancer.backward(task.losses())
         return torch.cat([p.grad.flatten() for p in task.shared])
 
-    agreement = torch.nn.functional.cosine_similarity(grads_of(ours), grads_of(reference), dim=0)
-    assert float(agreement) > 1 - 1e-4, "a speed is worth nothing where the results disagree"
+    truth = grads_of(reference)
+    for other in (ours, *others):
+        agreement = torch.nn.functional.cosine_similarity(grads_of(other), truth, dim=0)
+        assert float(agreement) > 1 - 1e-4, "a speed is worth nothing where the results disagree"
 
     def setup() -> tuple[list[Tensor]]:
         task.zero_grad()
@@ -57,7 +60,7 @@ def test_step(compare, method: str, model: str, tasks: int) -> None:
     def weights_of(gram: Tensor) -> Tensor:
         return igb.ops.solve("imtl_g", gram.double())[0]
 
-    source = torch.zeros(tasks, sum(p.numel() for p in task.shared))
+    source = torch.zeros(tasks, sum(p.numel() for p in task.shared), device=device)
     bank = torch.zeros_like(source)
 
     def passes_and_copy(losses: list[Tensor]) -> None:
@@ -65,7 +68,8 @@ def test_step(compare, method: str, model: str, tasks: int) -> None:
         bare_passes(losses, task)
         bank.copy_(source)
 
-    close = {"bare passes": lambda losses: bare_passes(losses, task), "passes + copy": passes_and_copy}
+    close = {name: other.backward for name, other in zip(backends[1:], others, strict=True)}
+    close |= {"bare passes": lambda losses: bare_passes(losses, task), "passes + copy": passes_and_copy}
     slow = {
         "eager": lambda losses: eager.step(losses, task.shared, weights_of),
         "reference": reference.backward,

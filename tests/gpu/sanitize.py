@@ -1,0 +1,55 @@
+"""Runs every CUDA kernel once on small ragged inputs, for compute-sanitizer; `benchmarks/gpu_check.sh` starts it."""
+
+from __future__ import annotations
+
+from itertools import chain
+
+import torch
+from torch import Tensor
+
+from igb_kernels import ops
+
+SIZES = (0, 1, 17, 5001)
+BACKEND = "cuda"
+
+
+def row(dtype: torch.dtype, offset: int) -> list[Tensor]:
+    """Tensors that begin `offset` elements behind an aligned address, and end where their memory ends."""
+    return [torch.randn(size + offset, device="cuda").to(dtype)[offset:] for size in SIZES]
+
+
+def stream(dtype: torch.dtype, tasks: int, offset: int) -> None:
+    wide = ops.accumulator_dtype(dtype)
+    grads = [row(dtype, offset) for _ in range(tasks)]
+    state, out = ([row(wide, offset) for _ in range(tasks)] for _ in range(2))
+    if tasks > 1:
+        grads[1][3] = state[0][2] = None
+    weights = torch.randn(tasks, device="cuda")
+    ops.gram(grads, backend=BACKEND)
+    ops.sq_norms(grads, backend=BACKEND)
+    ops.ema_(out, state, grads, 0.9, backend=BACKEND)
+    for accumulate in (False, True):
+        ops.combine_(row(dtype, offset), grads, weights, accumulate=accumulate, backend=BACKEND)
+    for status in (0, 1):
+        flag = torch.full((), status, dtype=torch.int32, device="cuda")
+        ops.rollback_([*chain(*out)], [*chain(*state)], flag, backend=BACKEND)
+
+
+def small(tasks: int) -> None:
+    rows = torch.randn(tasks, 2 * tasks, dtype=torch.float64, device="cuda")
+    gram, losses = rows @ rows.T, torch.rand(tasks, device="cuda") + 0.1
+    for method in ops.SOLVERS:
+        ops.solve(method, gram, losses, backend=BACKEND)
+    for rule in ops.RULES:
+        ops.loss_scales(rule, losses, losses, backend=BACKEND)
+
+
+if __name__ == "__main__":
+    torch.manual_seed(0)
+    for tasks in (1, 3, 9, 20):
+        for dtype in ops.DTYPES:
+            for offset in (0, 1):
+                stream(dtype, tasks, offset)
+        small(tasks)
+    torch.cuda.synchronize()
+    print("every kernel has run")
