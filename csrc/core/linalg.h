@@ -22,14 +22,16 @@ IGB_HD void fill(int n, double* out, double value, const Team& team) {
 // False, with the triangle half done, if a pivot is not above smallest_pivot (or is NaN). Leaves the lower triangle alone.
 template <class Team>
 IGB_HD bool factorize(int n, double* matrix, double smallest_pivot, const Team& team) {
+  // Up to 32 lanes share a row; a larger team takes several rows at once.
+  const int columns = team.width() < 32 ? team.width() : 32, rows = team.width() / columns;
   for (int k = 0; k < n; ++k) {
     const double* pivot_row = matrix + k * n;
     if (!(pivot_row[k] > smallest_pivot)) return false;
     const double inverse_pivot = 1.0 / pivot_row[k];
-    for (int i = k + 1; i < n; ++i) {
+    for (int i = k + 1 + team.lane() / columns; i < n; i += rows) {
       const double factor = pivot_row[i] * inverse_pivot;
       double* row = matrix + i * n;
-      for (int j = i + team.lane(); j < n; j += team.width()) row[j] -= factor * pivot_row[j];
+      for (int j = i + team.lane() % columns; j < n; j += columns) row[j] -= factor * pivot_row[j];
     }
     team.sync();
   }

@@ -39,6 +39,22 @@ class WarpTeam {
  private:
   int lane_;
 };
+
+// A block of a whole number of warps.
+class BlockTeam {
+ public:
+  IGB_HD BlockTeam(int lane, int width) : lane_(lane), width_(width) {}
+  IGB_HD int lane() const { return lane_; }
+  IGB_HD int width() const { return width_; }
+  IGB_HD void sync() const {
+#if defined(__CUDA_ARCH__)
+    __syncthreads();
+#endif
+  }
+
+ private:
+  int lane_, width_;
+};
 #endif
 
 }  // namespace igb

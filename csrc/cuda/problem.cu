@@ -1,4 +1,4 @@
-// The K×K problems on the device: one warp each, on the mathematics of csrc/core.
+// The K×K problems on the device: one warp or block each, on the mathematics of csrc/core.
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
@@ -21,12 +21,21 @@ struct Options {
 
 constexpr int kSharedDoubles = 5888;  // 46 KiB: Nash-MTL to 74 tasks, most methods further
 
-template <class Solver>
-__global__ void __launch_bounds__(32)
+// A warp waits for itself at no cost, and is enough for few tasks; factorising a large matrix is worth a block.
+constexpr int kMostForAWarp = 16;
+constexpr int kBlockThreads = 256;
+
+template <int Threads> __device__ auto make_team() {
+  if constexpr (Threads == 32) return WarpTeam(threadIdx.x);
+  else return BlockTeam(threadIdx.x, Threads);
+}
+
+template <class Solver, int Threads>
+__global__ void __launch_bounds__(Threads, 1)
     solve_problem(Problem problem, const Options options, int size, double* weights, std::int32_t* status, double* workspace) {
   __shared__ double shared[kSharedDoubles];
   problem.options = options.values;
-  const WarpTeam team(threadIdx.x);
+  const auto team = make_team<Threads>();
   const std::int32_t bits =
       igb::detail::run<Solver>(problem, weights, size <= kSharedDoubles ? shared : workspace, team);
   if (threadIdx.x == 0) *status = bits;
@@ -53,7 +62,11 @@ void solve(Method method, const Problem& problem, double* weights, std::int32_t*
   const Options options(problem.options, option_count(method));
   const int size = workspace_size(method, problem.tasks);
   igb::detail::select(method, [&](auto solver) {
-    IGB_LAUNCH(solve_problem<decltype(solver)>, 1, 32, stream, problem, options, size, weights, status, workspace);
+    const auto run = [&](auto kernel, int threads) {
+      IGB_LAUNCH(kernel, 1, threads, stream, problem, options, size, weights, status, workspace);
+    };
+    if (problem.tasks <= kMostForAWarp) run(solve_problem<decltype(solver), 32>, 32);
+    else run(solve_problem<decltype(solver), kBlockThreads>, kBlockThreads);
     return 0;
   });
 }

@@ -1,4 +1,4 @@
-// The bits of every result are those of the serial team, for teams of 1, 4 and 32 lanes in either order of execution.
+// The bits of every result are those of the serial team, for teams of 1, 4, 32 and 64 lanes in either order of execution.
 #include "check.h"
 #include "emulated_warp.h"
 
@@ -6,7 +6,7 @@ using namespace check;
 
 namespace {
 
-constexpr int widths[] = {1, 4, 32};
+constexpr int widths[] = {1, 4, 32, 64};
 
 template <class Outcome>
 void compare_teams(const Outcome& serial, const std::function<Outcome(EmulatedWarp&, bool&)>& emulate,
