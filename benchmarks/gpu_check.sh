@@ -8,7 +8,10 @@ cd "$(dirname "$0")/.."
 PYTHON=${PYTHON:-python3}
 STAGES=${STAGES:-build tests memcheck racecheck initcheck bench}
 BUDGET=${BUDGET:-530}
-export PATH="$PATH:/usr/local/cuda/bin" PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
+# cmake and ninja may be where PYTHON is. CUDAARCHS: machine code for this GPU is enough here.
+beside=$("$PYTHON" -c "import os, sys; print(os.path.dirname(sys.executable))")
+export PATH="$beside:$PATH:/usr/local/cuda/bin" CUDAARCHS="${CUDAARCHS:-native}"
+export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
 failed=()
 
 stage() { # name, seconds it may take, command

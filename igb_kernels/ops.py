@@ -301,7 +301,9 @@ def _loss_scales(
 def _rollback_(out: list[Tensor], kept: list[Tensor | None], status: Tensor, backend: str = "auto") -> None:
     device = _check_rows("rollback_", out, 1, "out")
     _check_like("rollback_", "kept", kept, out, "accumulator")
-    resolve(backend, device.type).rollback_(out, kept, status)
+    run = resolve(backend, device.type)
+    out_table = run.Table(out, 1)
+    run.rollback_(out_table, run.Table(kept, 1, out_table), status)
     torch.autograd.graph.increment_version(out)
 
 

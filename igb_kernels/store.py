@@ -179,13 +179,15 @@ class MovingAverages:
 
     def commit(self, status: Tensor, backend: Backend, captured: bool) -> None:
         self._captured = self._captured or captured
+        if self._captured:
+            self.current.start_where(self.spare)
+        spare, current = (bank.table(backend, 0, len(bank.rows), captured) for bank in (self.spare, self.current))
         if not self._captured:
-            backend.rollback_(self.spare.flat(), self.current.flat(), status)
+            backend.rollback_(spare, current, status)
             self.current, self.spare = self.spare, self.current
             return
-        self.current.start_where(self.spare)
         usable = (status & int(Status.NON_FINITE)) ^ int(Status.NON_FINITE)
-        backend.rollback_(self.current.flat(), self.spare.flat(), usable)  # of a usable step, what it wrote
+        backend.rollback_(current, spare, usable)  # of a usable step, what it wrote
 
 
 class AveragedGradients(TaskGradients):

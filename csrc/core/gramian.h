@@ -27,7 +27,7 @@ IGB_HD Norms measure_norms(const Problem& problem, bool read_all, double inactiv
     const double square = problem.gram[i * stride + i];
     bool finite = is_finite(square);
     if (read_all)
-      for (int j = 0; j < tasks; ++j) finite = finite && is_finite(problem.gram[i * stride + j]);
+      for (int j = 0; j < tasks; ++j) finite &= is_finite(problem.gram[i * stride + j]);
     values[i] = finite ? sqrt(fmax(square, 0.0)) : NAN;
   }
   team.sync();

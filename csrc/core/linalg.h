@@ -22,8 +22,10 @@ IGB_HD void fill(int n, double* out, double value, const Team& team) {
 // False, with the triangle half done, if a pivot is not above smallest_pivot (or is NaN). Leaves the lower triangle alone.
 template <class Team>
 IGB_HD bool factorize(int n, double* matrix, double smallest_pivot, const Team& team) {
-  // Up to 32 lanes share a row; a larger team takes several rows at once.
-  const int columns = team.width() < 32 ? team.width() : 32, rows = team.width() / columns;
+  // The lanes form a rectangle, so that several rows are under way at once.
+  int columns = 1;
+  while (columns * columns < team.width()) columns *= 2;
+  const int rows = team.width() / columns;
   for (int k = 0; k < n; ++k) {
     const double* pivot_row = matrix + k * n;
     if (!(pivot_row[k] > smallest_pivot)) return false;

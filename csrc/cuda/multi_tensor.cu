@@ -10,9 +10,8 @@ namespace igb::cuda {
 namespace {
 
 // A persistent grid: so many blocks share out the chunks, and leave as many partial sums.
-int blocks_for(const Table& table) {
-  constexpr int kBlocksPerMultiprocessor = 4;
-  const std::int64_t most = std::int64_t(multiprocessors()) * kBlocksPerMultiprocessor;
+int blocks_for(const Table& table, int per_multiprocessor = 4) {
+  const std::int64_t most = std::int64_t(multiprocessors()) * per_multiprocessor;
   return int(std::clamp(table.chunks, std::int64_t(1), most));
 }
 
@@ -101,10 +100,15 @@ __host__ __device__ inline TilePair tile_pair(int number) {
   return {i, number - i * (i + 1) / 2};
 }
 
+// Blocks of a kernel for so many rows that fit a multiprocessor together: their registers decide.
+template <class T> constexpr int resident_blocks(int rows) {
+  return rows <= 4 ? 4 : rows <= 8 && sizeof(T) < 8 ? 2 : 1;
+}
+
 // Grid: (pairs of tiles, blocks), so that the blocks that read the same rows run together. A row that is missing, or
 // beyond the tasks, counts as zeros.
 template <class T, int R, bool Triangle>
-__global__ void __launch_bounds__(kThreads, R <= 4 ? 4 : R <= 8 && sizeof(T) < 8 ? 2 : 1)
+__global__ void __launch_bounds__(kThreads, resident_blocks<T>(R))
     gram_partial(const View table, DType dtype, double* partials) {
   using A = Accumulator<T>;
   constexpr int N = R > 12 && sizeof(T) == 2 ? kPack<T> / 2 : kPack<T>;  // more would not fit the registers
@@ -188,13 +192,12 @@ struct GramShape {
 };
 
 template <class T> GramShape gram_shape(const Table& grads) {
-  const int blocks = blocks_for(grads);
   if (grads.tasks <= kMostInRegisters<T>) {
     for (const int rows : {1, 2, 3, 4, 6, 8, 12, 16})
-      if (grads.tasks <= rows) return {rows, 1, blocks};
+      if (grads.tasks <= rows) return {rows, 1, blocks_for(grads, resident_blocks<T>(rows))};
   }
-  const int tiles = (grads.tasks + kTile - 1) / kTile;
-  return {kTile, tiles * (tiles + 1) / 2, blocks};
+  const int tiles = (grads.tasks + kTile - 1) / kTile, pairs = tiles * (tiles + 1) / 2;
+  return {kTile, pairs, std::max(1, blocks_for(grads, 4) / pairs)};
 }
 
 template <class T>

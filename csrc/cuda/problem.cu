@@ -36,8 +36,9 @@ __global__ void __launch_bounds__(Threads, 1)
   __shared__ double shared[kSharedDoubles];
   problem.options = options.values;
   const auto team = make_team<Threads>();
-  const std::int32_t bits =
-      igb::detail::run<Solver>(problem, weights, size <= kSharedDoubles ? shared : workspace, team);
+  // Two calls, so that the compiler knows which memory it is.
+  const std::int32_t bits = size <= kSharedDoubles ? igb::detail::run<Solver>(problem, weights, shared, team)
+                                                   : igb::detail::run<Solver>(problem, weights, workspace, team);
   if (threadIdx.x == 0) *status = bits;
 }
 

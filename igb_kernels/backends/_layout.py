@@ -83,6 +83,8 @@ def _laid_out(
     tensors: OptionalTensors, columns: OptionalTensors, strides: Sequence[tuple[int, ...] | None]
 ) -> OptionalTensors:
     """The tensors, with a copy of each whose memory layout is not that of its column."""
+    if all(c is None or c.is_contiguous() for c in columns) and all(t is None or t.is_contiguous() for t in tensors):
+        return tensors
     params = len(columns)
     result: list[Tensor | None] | None = None
     for i, t in enumerate(tensors):

@@ -55,12 +55,13 @@ def combine_(out: Table, grads: Table, weights: Tensor, accumulate: bool) -> Non
     out.write_back()
 
 
-def rollback_(out: Sequence[Tensor | None], kept: OptionalTensors, status: Tensor) -> None:
+def rollback_(out: Table, kept: Table, status: Tensor) -> None:
     if not int(status) & _NON_FINITE:
         return
-    for o, k in zip(out, kept, strict=True):
+    for o, k in zip(out.tensors, kept.tensors, strict=True):
         if o is not None:
             o.zero_() if k is None else o.copy_(k)
+    out.write_back()
 
 
 def solve(

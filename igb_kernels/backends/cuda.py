@@ -106,16 +106,11 @@ def combine_(out: Table, grads: Table, weights: Tensor, accumulate: bool) -> Non
         out.write_back()
 
 
-def rollback_(out: OptionalTensors, kept: OptionalTensors, status: Tensor) -> None:
-    written = [o for o in out if o is not None]
-    if not written:
-        return
-    with _on(written[0].device):
-        out_table = Table(written, 1)
-        kept_table = Table([k for o, k in zip(out, kept, strict=True) if o is not None], 1, out_table)
-        status = status.to(out_table.device)
-        native.rollback(out_table.native, kept_table.native, status.data_ptr(), _stream(out_table.device))
-        out_table.write_back()
+def rollback_(out: Table, kept: Table, status: Tensor) -> None:
+    with _on(out.device):
+        status = status.to(out.device)
+        native.rollback(out.native, kept.native, status.data_ptr(), _stream(out.device))
+        out.write_back()
 
 
 def solve(

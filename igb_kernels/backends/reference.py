@@ -92,9 +92,9 @@ def combine_(out: Table, grads: Table, weights: Tensor, accumulate: bool) -> Non
         o.copy_(total)
 
 
-def rollback_(out: OptionalTensors, kept: OptionalTensors, status: Tensor) -> None:
+def rollback_(out: Table, kept: Table, status: Tensor) -> None:
     failed = (status & int(Status.NON_FINITE)) != 0
-    for o, k in zip(out, kept, strict=True):
+    for o, k in zip(out.tensors, kept.tensors, strict=True):
         if o is not None:
             o.copy_(torch.where(failed, torch.zeros_like(o) if k is None else k, o))
 

@@ -153,17 +153,18 @@ def combine_(out: Table, grads: Table, weights: Tensor, accumulate: bool) -> Non
         out.write_back()
 
 
-def rollback_(out: OptionalTensors, kept: OptionalTensors, status: Tensor) -> None:
-    out_table = Table(out, 1)
-    kept_table, device = Table(kept, 1, out_table), out_table.device
+def rollback_(out: Table, kept: Table, status: Tensor) -> None:
+    device, params = out.device, out.params
     status = status.to(device)
     with _on(device):
-        for launch in out_table.launches():
-            _triton_kernels.rollback[launch.programs,](
-                out_table.on(device), kept_table.on(device), launch.chunks, status,
-                DTYPE=launch.dtype, BLOCK=LANES * launch.vector, **OPTIONS,
-            )  # fmt: skip
-        out_table.write_back()
+        for launch in out.launches():
+            for k in range(out.tasks):
+                to, source = (table.on(device)[k * params :] for table in (out, kept))
+                _triton_kernels.rollback[launch.programs,](
+                    to, source, launch.chunks, status,
+                    DTYPE=launch.dtype, BLOCK=LANES * launch.vector, **OPTIONS,
+                )  # fmt: skip
+        out.write_back()
 
 
 def solve(

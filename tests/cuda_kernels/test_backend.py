@@ -128,7 +128,8 @@ def test_rollback(status):
 
 
 def test_rollback_of_nothing():
-    cuda.rollback_([None], [None], torch.tensor(1, dtype=torch.int32))
+    table = cuda.Table([None], 1)
+    cuda.rollback_(table, table, torch.tensor(1, dtype=torch.int32))
 
 
 @pytest.mark.parametrize("tasks", [1, 2, 8, 40])

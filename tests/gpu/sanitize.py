@@ -35,9 +35,16 @@ def stream(dtype: torch.dtype, tasks: int, offset: int) -> None:
         ops.rollback_([*chain(*out)], [*chain(*state)], flag, backend=BACKEND)
 
 
+def many_chunks() -> None:
+    """More chunks than blocks, of which each then takes several."""
+    rows = [[*torch.randn(7 * 1200, device="cuda").split(7)] for _ in range(3)]
+    ops.gram(rows, backend=BACKEND)
+    ops.combine_(rows[0], rows, torch.randn(3, device="cuda"), backend=BACKEND)
+
+
 def small(tasks: int) -> None:
-    rows = torch.randn(tasks, 2 * tasks, dtype=torch.float64, device="cuda")
-    gram, losses = rows @ rows.T, torch.rand(tasks, device="cuda") + 0.1
+    rows = torch.randn(tasks, 2 * tasks, dtype=torch.float64)
+    gram, losses = (rows @ rows.T).cuda(), torch.rand(tasks, device="cuda") + 0.1  # no cuBLAS under the tools
     for method in ops.SOLVERS:
         ops.solve(method, gram, losses, backend=BACKEND)
     for rule in ops.RULES:
@@ -51,5 +58,6 @@ if __name__ == "__main__":
             for offset in (0, 1):
                 stream(dtype, tasks, offset)
         small(tasks)
+    many_chunks()
     torch.cuda.synchronize()
     print("every kernel has run")

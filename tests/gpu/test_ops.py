@@ -12,7 +12,7 @@ from torch import Tensor
 from igb_kernels import Status, _native, ops
 
 SIZES = (0, 1, 3, 17, 1000, 4097, 70001)
-TASKS = (1, 3, 8, 9, 17, 64)
+TASKS = (1, 2, 3, 4, 5, 8, 9, 13, 17, 64, 128)
 COMBINED = [
     *((dtype, dtype) for dtype in ops.DTYPES),
     *((half, torch.float32) for half in (torch.bfloat16, torch.float16)),
@@ -53,6 +53,16 @@ def check_measured(rows, backend, layout="contiguous"):
     for measured in (ops.gram(placed, backend=backend), ops.sq_norms(placed, backend=backend)):
         assert measured.is_cuda
         expected.check(measured.cpu())
+
+
+@pytest.mark.parametrize("tasks", [2, 5, 9, 13, 17, 64])
+def test_more_chunks_than_blocks(gpu_backend, tasks):
+    rows = gradients(tasks, [7] * 1500, torch.float32)
+    check_measured(rows, gpu_backend)
+    placed, weights = on_gpu(rows), torch.randn(tasks, dtype=torch.float64)
+    ops.combine_(placed[-1], placed, weights.cuda(), backend=gpu_backend)
+    exact = weights @ torch.stack([torch.cat(row).double() for row in rows])
+    torch.testing.assert_close(torch.cat(placed[-1]).cpu().double(), exact, rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("tasks", TASKS)
