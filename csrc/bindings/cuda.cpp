@@ -7,15 +7,14 @@
 #include <vector>
 
 #include "../cuda/multi_tensor.h"
+#include "address.h"
 
 namespace igb::bindings {
 
 namespace py = pybind11;
-using Address = std::uintptr_t;
 
 namespace {
 
-template <class T> T* pointer(Address address) { return reinterpret_cast<T*>(address); }
 cuda::Stream stream_of(Address stream) { return pointer<CUstream_st>(stream); }
 
 cuda::Table upload(Address addresses, Address numel, Address dtypes, int tasks, std::int64_t params, Address words,

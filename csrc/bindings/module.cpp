@@ -10,6 +10,7 @@
 #include "../core/losses.h"
 #include "../core/solve.h"
 #include "../cpu/multi_tensor.h"
+#include "address.h"
 #ifdef IGB_CUDA
 #include "cuda.h"
 #endif
@@ -17,11 +18,10 @@
 namespace py = pybind11;
 using igb::DType;
 using igb::TensorTable;
-using Address = std::uintptr_t;
+using igb::bindings::Address;
+using igb::bindings::pointer;
 
 namespace {
-
-template <class T> T* pointer(Address address) { return reinterpret_cast<T*>(address); }
 
 // A TensorTable with its metadata; the tensors themselves stay with the caller.
 class Table {

@@ -1,9 +1,4 @@
 // The K×K problems on the device: one warp or block each, on the mathematics of csrc/core.
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-
-#include <type_traits>
-
 #include "device.cuh"
 #include "launch.h"
 #include "multi_tensor.h"

@@ -7,8 +7,9 @@ import weakref
 
 import pytest
 import torch
-from balancer.models import TASKS, Net, grads_of, make_net
-from balancer.oracle import CASES, Case, Oracle, balancer_of, check_step
+from balancer.models import TASKS, grads_of, make_net
+from balancer.oracle import CASES
+from balancer.test_step import play
 from samplers import LAYOUTS, gradients
 
 import igb_kernels as igb
@@ -162,32 +163,16 @@ def test_loss_scales_have_the_bits_of_the_cpu(rule, dtype):
 # ---- Whole steps -------------------------------------------------------------------------------------------------
 
 
-def play(case: Case, net: Net, dtype: torch.dtype, convention: str) -> None:
-    """Steps against the float64 oracle."""
-    balanced, oracle = balancer_of(case, net, convention, "cuda"), Oracle(case)
-    learned = balanced.parameters()
-    optimizer = torch.optim.SGD([*net.parameters(), *learned], lr=0.02, momentum=0.5)
-    for step in range(4):
-        optimizer.zero_grad()
-        losses = net.losses(step)
-        expected = oracle.step(losses, net.shared, net.own, learned[0] if learned else None)
-        result = balanced.backward(losses)
-        joint = case.method == "equal" or (convention == "weighted" and step % case.update_every != 0)
-        check_step(expected, grads_of(net.shared), grads_of(net.own), dtype, convention, joint=joint)
-        assert int(result.status) == int(expected.status)
-        optimizer.step()
-
-
 @pytest.mark.parametrize("convention", ["scaled", "weighted"])
 @pytest.mark.parametrize("name", CASES)
 def test_every_method(name, convention):
-    play(CASES[name], make_net(), torch.float32, convention)
+    play(CASES[name], make_net(), torch.float32, convention, "cuda")
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", ["db_mtl", "db_mtl beta 0", "emtl", "imtl_g"])
 def test_dtypes_and_layouts(name, dtype):
-    play(CASES[name], make_net("conv", dtype), dtype, "scaled")
+    play(CASES[name], make_net("conv", dtype), dtype, "scaled", "cuda")
 
 
 @pytest.mark.parametrize("name", ["db_mtl", "nash_mtl", "igb_v1"])
