@@ -248,10 +248,25 @@ class Balancer:
     def end_epoch(self) -> None:
         """Tells what counts epochs that one has ended (IGBv1 measures its base losses over one)."""
         self.losses.end_epoch()
+        self.gradients.end_epoch()
 
     def parameters(self) -> list[nn.Parameter]:
         """The balancer's own learned parameters (IMTL-L's log scales), for an optimizer."""
-        return self.losses.parameters()
+        return [*self.losses.parameters(), *self.gradients.parameters()]
+
+    def param_groups(self) -> list[dict[str, Any]]:
+        """The learned parameters as groups for an optimizer, with the learning rates that their methods recommend.
+
+        ::
+
+            optimizer = torch.optim.Adam([{"params": model.parameters()}, *balancer.param_groups()], lr=1e-3)
+        """
+        groups = []
+        for part in (self.losses, self.gradients):
+            if params := part.parameters():
+                rate = {} if part.learning_rate is None else {"lr": part.learning_rate}
+                groups.append({"params": params, **rate})
+        return groups
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that influences the next step: plain containers, numbers and tensors (not copies)."""

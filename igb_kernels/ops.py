@@ -26,6 +26,10 @@ DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 MAX_TASKS = 1024
 
 Row = Sequence[Tensor | None]
+Shape = Callable[[int], tuple[int, ...]]
+"""Of numbers for K tasks, from K."""
+InitialState = Callable[[int, Mapping[str, float]], list[float]]
+"""The state before the first step, from K and the options."""
 
 # ---- Methods and rules register what `solve` and `loss_scales` need to know of them -----------------------------
 
@@ -38,13 +42,14 @@ class Solver:
     options: Mapping[str, float]
     needs_gram: bool
     needs_losses: bool
-    initial_state: Callable[[int, Mapping[str, float]], list[float]] | None
+    per_task: Shape | None
+    """The shape of the method's own numbers for K tasks, or None where it takes none."""
+    needs_per_task: bool
+    initial_state: InitialState | None
 
     def new_state(self, tasks: int, device: torch.device, **options: float) -> Tensor | None:
         """The state before the first step, float64, or None where the method has none."""
-        if self.initial_state is None:
-            return None
-        return torch.tensor(self.initial_state(tasks, {**self.options, **options}), dtype=torch.float64, device=device)
+        return _new_state(self, tasks, device, options)
 
 
 @dataclass(frozen=True)
@@ -53,7 +58,20 @@ class Rule:
 
     name: str
     options: Mapping[str, float]
+    per_task: Shape | None
     needs_per_task: bool
+    initial_state: InitialState | None
+
+    def new_state(self, tasks: int, device: torch.device, **options: float) -> Tensor | None:
+        """As for `Solver`."""
+        return _new_state(self, tasks, device, options)
+
+
+def _new_state(known: Solver | Rule, tasks: int, device: torch.device, options: Mapping[str, float]) -> Tensor | None:
+    if known.initial_state is None:
+        return None
+    values = known.initial_state(tasks, {**known.options, **options})
+    return torch.tensor(values, dtype=torch.float64, device=device)
 
 
 SOLVERS: dict[str, Solver] = {}
@@ -66,26 +84,38 @@ def register_solver(
     options: Mapping[str, float] | None = None,
     needs_gram: bool = False,
     needs_losses: bool = False,
-    initial_state: Callable[[int, Mapping[str, float]], list[float]] | None = None,
+    per_task: Shape | None = None,
+    needs_per_task: bool = False,
+    initial_state: InitialState | None = None,
 ) -> Callable[[reference.Solver], reference.Solver]:
-    """Makes a method known to `solve`; decorates its float64 reference. `options` gives order and defaults."""
+    """Makes a method known to `solve`; decorates its float64 reference.
+
+    `options` gives order and defaults; `per_task` the shape of its own numbers for K tasks, which `solve` may get,
+    or must (`needs_per_task`).
+    """
 
     def register(function: reference.Solver) -> reference.Solver:
-        SOLVERS[name] = Solver(name, options or {}, needs_gram, needs_losses, initial_state)
-        reference.SOLVERS[name] = reference.KnownSolver(function, needs_gram, needs_losses)
+        solver = Solver(name, options or {}, needs_gram, needs_losses, per_task, needs_per_task, initial_state)
+        SOLVERS[name] = solver
+        reference.SOLVERS[name] = reference.KnownSolver(function, tuple(solver.options), needs_gram, needs_losses)
         return function
 
     return register
 
 
 def register_rule(
-    name: str, *, options: Mapping[str, float] | None = None, needs_per_task: bool = False
+    name: str,
+    *,
+    options: Mapping[str, float] | None = None,
+    per_task: Shape | None = None,
+    needs_per_task: bool = False,
+    initial_state: InitialState | None = None,
 ) -> Callable[[reference.Rule], reference.Rule]:
-    """Makes a loss-balancing rule known to `loss_scales`; decorates its float64 reference."""
+    """Makes a loss-balancing rule known to `loss_scales`, as `register_solver` does a method."""
 
     def register(function: reference.Rule) -> reference.Rule:
-        RULES[name] = Rule(name, options or {}, needs_per_task)
-        reference.RULES[name] = function
+        RULES[name] = Rule(name, options or {}, per_task, needs_per_task, initial_state)
+        reference.RULES[name] = reference.KnownRule(function, tuple(RULES[name].options))
         return function
 
     return register
@@ -154,9 +184,32 @@ def _check_vector(op: str, name: str, t: Tensor, shape: tuple[int, ...]) -> None
         raise TypeError(f"{op}: {name} must have a floating dtype, found {t.dtype}")
 
 
-def _check_options(op: str, name: str, known: Mapping[str, float], values: Sequence[float]) -> None:
-    if len(values) != len(known):
-        raise ValueError(f"{op}: {name} takes the options {list(known)}, found {len(values)} values")
+def _check_own(
+    op: str,
+    known: Solver | Rule,
+    tasks: int,
+    device: torch.device,
+    per_task: Tensor | None,
+    options: Sequence[float],
+    state: Tensor | None,
+) -> None:
+    """What a method or rule takes beside gradients and losses."""
+    if len(options) != len(known.options):
+        raise ValueError(f"{op}: {known.name} takes the options {list(known.options)}, found {len(options)} values")
+    if known.per_task is None:
+        if per_task is not None:
+            raise ValueError(f"{op}: {known.name} takes no per_task, found {tuple(per_task.shape)}")
+    elif per_task is not None:
+        _check_vector(op, "per_task", per_task, known.per_task(tasks))
+    elif known.needs_per_task:
+        raise ValueError(f"{op}: {known.name} needs per_task, found None")
+    if known.initial_state is not None:
+        size = len(known.initial_state(tasks, known.options))
+        if state is None or state.shape != (size,) or state.dtype is not torch.float64 or not state.is_contiguous():
+            found = "None" if state is None else f"{tuple(state.shape)}, {state.dtype}"
+            raise ValueError(f"{op}: state must be a contiguous float64 tensor of shape ({size},), found {found}")
+        if state.device != device:
+            raise ValueError(f"{op}: state must be on {device}, found it on {state.device}")
 
 
 def _values(op: str, name: str, known: Mapping[str, float], given: Mapping[str, float]) -> list[float]:
@@ -245,13 +298,14 @@ def _combine_(
 
 
 @_define(
-    "solve(str method, Tensor gram, Tensor? losses, float[] options, Tensor(a!)? state, str backend='auto')"
-    " -> (Tensor, Tensor)"
+    "solve(str method, Tensor gram, Tensor? losses, Tensor? per_task, float[] options, Tensor(a!)? state, "
+    "str backend='auto') -> (Tensor, Tensor)"
 )
 def _solve(
     method: str,
     gram: Tensor,
     losses: Tensor | None,
+    per_task: Tensor | None,
     options: list[float],
     state: Tensor | None,
     backend: str = "auto",
@@ -265,36 +319,34 @@ def _solve(
         if losses is None:
             raise ValueError(f"solve: {method} needs losses, found None")
         _check_vector("solve", "losses", losses, (tasks,))
-    _check_options("solve", method, solver.options, options)
-    if solver.initial_state is not None:
-        size = len(solver.initial_state(tasks, solver.options))
-        if state is None or state.shape != (size,) or state.dtype is not torch.float64 or not state.is_contiguous():
-            found = "None" if state is None else f"{tuple(state.shape)}, {state.dtype}"
-            raise ValueError(f"solve: state must be a contiguous float64 tensor of shape ({size},), found {found}")
-        if state.device != gram.device:
-            raise ValueError(f"solve: state must be on {gram.device} like gram, found it on {state.device}")
-    weights, status = resolve(backend, gram.device.type).solve(method, gram, losses, options, state)
+    _check_own("solve", solver, tasks, gram.device, per_task, options, state)
+    weights, status = resolve(backend, gram.device.type).solve(method, gram, losses, per_task, options, state)
     if state is not None:
         torch.autograd.graph.increment_version([state])
     return weights, status
 
 
 @_define(
-    "loss_scales(str rule, Tensor losses, Tensor? per_task, float[] options, str backend='auto') -> (Tensor, Tensor)"
+    "loss_scales(str rule, Tensor losses, Tensor? per_task, float[] options, Tensor(a!)? state, str backend='auto')"
+    " -> (Tensor, Tensor)"
 )
 def _loss_scales(
-    rule: str, losses: Tensor, per_task: Tensor | None, options: list[float], backend: str = "auto"
+    rule: str,
+    losses: Tensor,
+    per_task: Tensor | None,
+    options: list[float],
+    state: Tensor | None,
+    backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     _check_known("loss_scales", "rule", rule, RULES)
     _check_vector("loss_scales", "losses", losses, (losses.numel(),))
     if not 1 <= len(losses) <= MAX_TASKS:
         raise ValueError(f"loss_scales: losses must hold 1 to {MAX_TASKS} losses, found {len(losses)}")
-    if RULES[rule].needs_per_task:
-        if per_task is None:
-            raise ValueError(f"loss_scales: {rule} needs per_task, found None")
-        _check_vector("loss_scales", "per_task", per_task, tuple(losses.shape))
-    _check_options("loss_scales", rule, RULES[rule].options, options)
-    return resolve(backend, losses.device.type).loss_scales(rule, losses, per_task, options)
+    _check_own("loss_scales", RULES[rule], len(losses), losses.device, per_task, options, state)
+    scales, status = resolve(backend, losses.device.type).loss_scales(rule, losses, per_task, options, state)
+    if state is not None:
+        torch.autograd.graph.increment_version([state])
+    return scales, status
 
 
 @_define("rollback_(Tensor(a!)[] out, Tensor?[] kept, Tensor status, str backend='auto') -> ()")
@@ -329,14 +381,17 @@ _fake("ema_", lambda out, state, grads, decay, tasks, backend="auto": _float64((
 _fake("combine_", lambda out, grads, weights, accumulate=False, backend="auto": None)
 _fake(
     "solve",
-    lambda method, gram, losses, options, state, backend="auto": (
+    lambda method, gram, losses, per_task, options, state, backend="auto": (
         _float64((gram.shape[0],), gram.device),
         _new_status(gram.device),
     ),
 )
 _fake(
     "loss_scales",
-    lambda rule, losses, per_task, options, backend="auto": (torch.empty_like(losses), _new_status(losses.device)),
+    lambda rule, losses, per_task, options, state, backend="auto": (
+        torch.empty_like(losses),
+        _new_status(losses.device),
+    ),
 )
 _fake("rollback_", lambda out, kept, status, backend="auto": None)
 
@@ -425,6 +480,7 @@ def solve(
     method: str,
     gram: Tensor,
     losses: Tensor | None = None,
+    per_task: Tensor | None = None,
     *,
     state: Tensor | None = None,
     backend: str = "auto",
@@ -433,9 +489,10 @@ def solve(
     """A method's weights from the Gramian of the gradients.
 
     Args:
-        method: "equal", "db_mtl", "emtl", "imtl_g" or "nash_mtl".
+        method: the name of a gradient-balancing method.
         gram: Tensor [K, K]; [K] squared norms do for methods that need no more.
-        losses: Tensor [K], for methods that use them (EMTL).
+        losses: Tensor [K], for methods that use them (EMTL, GradNorm).
+        per_task: the method's own numbers for each task, floating: a preference [K], visiting orders [K, K].
         state: the method's float64 state, on the Gramian's device, updated in place; a new one if not given.
         options: the method's, by name; see its class.
 
@@ -448,7 +505,7 @@ def solve(
     values = _values("solve", method, solver.options, options)
     if state is None:
         state = solver.new_state(gram.shape[0] if gram.dim() else 0, gram.device, **options)
-    weights, status = registered.solve(method, gram, losses, values, state, backend)
+    weights, status = registered.solve(method, gram, losses, per_task, values, state, backend)
     return weights, status
 
 
@@ -457,23 +514,29 @@ def loss_scales(
     losses: Tensor,
     per_task: Tensor | None = None,
     *,
+    state: Tensor | None = None,
     backend: str = "auto",
     **options: float,
 ) -> tuple[Tensor, Tensor]:
     """A loss-balancing rule's scales s_k = dφ_k/dL_k.
 
     Args:
-        rule: "none", "log" (option: eps), "igb_v1" (per_task: base losses, NaN where unknown) or "imtl_l"
-            (per_task: log scales).
+        rule: the name of a loss-balancing rule.
         losses: Tensor [K], floating.
-        per_task: Tensor [K], floating, for rules that use it.
+        per_task: the rule's own numbers for each task, floating: IGBv1's base losses [K] (NaN where unknown), a learned
+            parameter; see its class.
+        state: the rule's float64 state, on the losses' device, updated in place; a new one if not given. Rules with
+            a learned parameter leave its gradient there.
+        options: the rule's, by name; see its class.
 
     Returns:
         scales [K] in the losses' dtype, computed in float64; and the status, int32 [].
     """
     _check_known("loss_scales", "rule", rule, RULES)
     values = _values("loss_scales", rule, RULES[rule].options, options)
-    scales, status = registered.loss_scales(rule, losses, per_task, values, backend)
+    if state is None:
+        state = RULES[rule].new_state(losses.numel(), losses.device, **options)
+    scales, status = registered.loss_scales(rule, losses, per_task, values, state, backend)
     return scales, status
 
 

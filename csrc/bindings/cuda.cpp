@@ -24,18 +24,20 @@ cuda::Table upload(Address addresses, Address numel, Address dtypes, int tasks, 
   return cuda::upload(table, pointer<std::uint64_t>(words), stream_of(stream));
 }
 
-void solve(int method, int tasks, Address gram, bool full, Address losses, const std::vector<double>& options,
-           Address state, Address weights, Address status, Address workspace, Address stream) {
-  const Problem problem{tasks, pointer<double>(gram), full, pointer<double>(losses), options.data(),
-                        pointer<double>(state)};
+void solve(int method, int tasks, Address gram, bool full, Address losses, Address per_task,
+           const std::vector<double>& options, Address state, Address weights, Address status, Address workspace,
+           Address stream) {
+  const Problem problem{tasks, pointer<double>(gram), full, pointer<double>(losses), pointer<double>(per_task),
+                        options.data(), pointer<double>(state)};
   cuda::solve(Method(method), problem, pointer<double>(weights), pointer<std::int32_t>(status),
               pointer<double>(workspace), stream_of(stream));
 }
 
 void loss_scales(int rule, int tasks, int dtype, Address losses, Address per_task, const std::vector<double>& options,
-                 Address scales, Address status, Address stream) {
+                 Address state, Address scales, Address status, Address stream) {
   cuda::loss_scales(LossRule(rule), tasks, DType(dtype), pointer<void>(losses), pointer<double>(per_task),
-                    options.data(), pointer<void>(scales), pointer<std::int32_t>(status), stream_of(stream));
+                    options.data(), pointer<double>(state), pointer<void>(scales), pointer<std::int32_t>(status),
+                    stream_of(stream));
 }
 
 }  // namespace

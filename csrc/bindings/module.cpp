@@ -41,40 +41,26 @@ class Table {
   TensorTable table_;
 };
 
-const std::map<std::string, igb::Method> kMethods = {
-    {"equal", igb::Method::equal},
-    {"db_mtl", igb::Method::db_mtl},
-    {"emtl", igb::Method::emtl},
-    {"imtl_g", igb::Method::imtl_g},
-    {"nash_mtl", igb::Method::nash_mtl},
-};
-
-const std::map<std::string, igb::LossRule> kLossRules = {
-    {"none", igb::LossRule::none},
-    {"log", igb::LossRule::log},
-    {"igb_v1", igb::LossRule::igb_v1},
-    {"imtl_l", igb::LossRule::imtl_l},
-};
-
-template <class Enum> std::map<std::string, int> numbers(const std::map<std::string, Enum>& named) {
+template <std::size_t N> std::map<std::string, int> numbers(const char* const (&names)[N]) {
   std::map<std::string, int> result;
-  for (const auto& [name, value] : named) result[name] = int(value);
+  for (std::size_t i = 0; i < N; ++i) result[names[i]] = int(i);
   return result;
 }
 
-std::int32_t solve(int method_number, int tasks, Address gram, bool full, Address losses,
+std::int32_t solve(int method_number, int tasks, Address gram, bool full, Address losses, Address per_task,
                    const std::vector<double>& options, Address state, Address weights) {
   const auto method = igb::Method(method_number);
-  const igb::Problem problem{tasks, pointer<double>(gram), full, pointer<double>(losses), options.data(),
-                             pointer<double>(state)};
+  const igb::Problem problem{tasks, pointer<double>(gram), full, pointer<double>(losses), pointer<double>(per_task),
+                             options.data(), pointer<double>(state)};
   std::vector<double> workspace(igb::workspace_size(method, tasks));
   return igb::solve(method, problem, pointer<double>(weights), workspace.data(), igb::SerialTeam{});
 }
 
 std::int32_t loss_scales(int rule, int tasks, Address losses, Address per_task, const std::vector<double>& options,
-                         Address scales) {
-  return igb::loss_scales(igb::LossRule(rule), tasks, pointer<double>(losses), pointer<double>(per_task),
-                          options.data(), pointer<double>(scales), igb::SerialTeam{});
+                         Address state, Address scales) {
+  const igb::LossProblem problem{tasks, pointer<double>(losses), pointer<double>(per_task), options.data(),
+                                 pointer<double>(state)};
+  return igb::loss_scales(igb::LossRule(rule), problem, pointer<double>(scales), igb::SerialTeam{});
 }
 
 }  // namespace
@@ -98,12 +84,15 @@ PYBIND11_MODULE(_C, m) {
   }, Unlocked());
   m.def("solve", &solve, Unlocked());
   m.def("loss_scales", &loss_scales, Unlocked());
-  m.attr("methods") = numbers(kMethods);
-  m.attr("loss_rules") = numbers(kLossRules);
+  m.attr("methods") = numbers(igb::method_names);
+  m.attr("loss_rules") = numbers(igb::loss_rule_names);
   m.attr("max_tasks") = igb::cpu::kMaxTasks;
   m.def("option_count", [](int method) { return igb::option_count(igb::Method(method)); });
   m.def("rule_option_count", [](int rule) { return igb::option_count(igb::LossRule(rule)); });
   m.def("state_size", [](int method, int tasks) { return igb::state_size(igb::Method(method), tasks); });
+  m.def("rule_state_size", [](int rule, int tasks) { return igb::state_size(igb::LossRule(rule), tasks); });
+  m.def("per_task_size", [](int method, int tasks) { return igb::per_task_size(igb::Method(method), tasks); });
+  m.def("rule_per_task_size", [](int rule, int tasks) { return igb::per_task_size(igb::LossRule(rule), tasks); });
   m.def("instruction_set", &igb::cpu::instruction_set);
   m.def("use_instruction_set", [](const std::string& name) { return igb::cpu::use_instruction_set(name.c_str()); });
 #ifdef IGB_CUDA

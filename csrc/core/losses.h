@@ -1,96 +1,82 @@
-// Loss balancing by a transform phi_k of each loss: scales s_k = d phi_k / d L_k, the seeds of the backward passes.
-//   log       sum of logarithms (SI; Dai et al., UAI 2023, section 4.1; with eps also Lin et al., 2023, DB-MTL)
-//   igb_v1    improvable gap balancing (Dai et al., UAI 2023, arXiv:2307.15429): sum_k W_k log L_k, W = K softmax(L / base)
-//   imtl_l    impartial losses (Liu et al., ICLR 2021, eq. 8): sum_k exp(p_k) L_k - p_k with learned p
+// Loss balancing by a transform phi of the losses: scales s_k = d phi / d L_k, the seeds of the backward passes. One entry
+// point for host and device; a rule is one header in rules/ and one line in the list.
+//
+// Contract of every rule: check() says what keeps it from having scales; then every scale is NaN, and the state stays as
+// it was. A loss that is not finite is such a reason for all. Results do not depend on the team's width.
 #pragma once
 
 #include <cstdint>
 
-#include "linalg.h"
-#include "status.h"
+#include "platform.h"
+#include "problem.h"
+#include "rules/igb_v1.h"
+#include "rules/imtl_l.h"
+#include "rules/log.h"
+#include "rules/none.h"
 
 namespace igb {
 
-enum class LossRule : int { none = 0, log = 1, igb_v1 = 2, imtl_l = 3 };
+// The name in Python, and the rule.
+#define IGB_LOSS_RULES(rule) \
+  rule(none, Unscaled)       \
+  rule(log, Log)             \
+  rule(igb_v1, IgbV1)        \
+  rule(imtl_l, ImtlL)
 
-struct LogRule {
-  enum Option { eps, option_count };
+enum class LossRule : int {
+#define IGB_ENUMERATOR(name, Rule) name,
+  IGB_LOSS_RULES(IGB_ENUMERATOR)
+#undef IGB_ENUMERATOR
 };
 
-IGB_HD constexpr int option_count(LossRule rule) { return rule == LossRule::log ? LogRule::option_count : 0; }
+// In the order of the enumerators.
+constexpr const char* loss_rule_names[] = {
+#define IGB_NAME(name, Rule) #name,
+    IGB_LOSS_RULES(IGB_NAME)
+#undef IGB_NAME
+};
 
 namespace detail {
 
-constexpr double tiny_loss = 1e-20;       // a finished task's loss is clamped here
-constexpr double largest_ratio = 1e300;   // of a loss to its base
-constexpr double largest_log_scale = 20;
-
-IGB_HD inline std::int32_t check_losses(LossRule rule, int tasks, const double* losses, const double* per_task,
-                                        double eps) {
-  std::int32_t status = 0;
-  for (int i = 0; i < tasks; ++i) {
-    if (!is_finite(losses[i])) return non_finite;
-    if (rule == LossRule::imtl_l && !is_finite(per_task[i])) return non_finite;
-    if ((rule == LossRule::log && losses[i] + eps < 0.0) || (rule == LossRule::igb_v1 && losses[i] < 0.0))
-      status = non_positive_loss;
+IGB_ANY_CALLABLE
+template <class Visitor>
+IGB_HD constexpr auto select(LossRule rule, const Visitor& visit) {
+  switch (rule) {
+#define IGB_CASE(name, Rule) \
+  case LossRule::name: return visit(Rule{});
+    IGB_LOSS_RULES(IGB_CASE)
+#undef IGB_CASE
   }
+  return visit(Unscaled{});
+}
+
+template <class Rule, class Team>
+IGB_HD std::int32_t scale(const LossProblem& problem, double* scales, const Team& team) {
+  std::int32_t status = non_finite;
+  if (all_finite(problem.tasks, problem.losses)) status = Rule::check(problem);
+  if (status == 0) return Rule::scale(problem, scales, team);
+  fill(problem.tasks, scales, NAN, team);
   return status;
-}
-
-IGB_HD inline bool any_nan(int n, const double* values) {
-  for (int i = 0; i < n; ++i)
-    if (values[i] != values[i]) return true;
-  return false;
-}
-
-// W of IGBv1 into weights: 1 until every base is known (is not NaN). A loss counts as 0 against an infinite base.
-// On return a lane sees its own weights only.
-template <class Team>
-IGB_HD void gap_weights(int tasks, const double* losses, const double* bases, double* weights, const Team& team) {
-  if (any_nan(tasks, bases)) return fill(tasks, weights, 1.0, team);
-
-  for (int i = team.lane(); i < tasks; i += team.width())
-    weights[i] = is_finite(bases[i]) ? fmin(losses[i] / fmax(bases[i], tiny_loss), largest_ratio) : 0.0;
-  team.sync();
-  double largest = weights[0];
-  for (int i = 1; i < tasks; ++i) largest = fmax(largest, weights[i]);
-  team.sync();
-  for (int i = team.lane(); i < tasks; i += team.width()) weights[i] = exp(weights[i] - largest);
-  team.sync();
-  double sum = 0.0;
-  for (int i = 0; i < tasks; ++i) sum += weights[i];
-  team.sync();
-  for (int i = team.lane(); i < tasks; i += team.width()) weights[i] *= tasks / sum;
 }
 
 }  // namespace detail
 
-// per_task: IGBv1's base losses, IMTL-L's log scales p, else nullptr. Every scale is NaN if a loss is not finite, or is
-// negative under a logarithm. Arrays must not overlap. Called by every lane; returns the same Status bits to each.
+IGB_HD constexpr int option_count(LossRule rule) {
+  return detail::select(rule, [](auto chosen) { return static_cast<int>(decltype(chosen)::option_count); });
+}
+
+IGB_HD constexpr int state_size(LossRule rule, int tasks) {  // in doubles
+  return detail::select(rule, [tasks](auto chosen) { return decltype(chosen)::state_size(tasks); });
+}
+
+IGB_HD constexpr int per_task_size(LossRule rule, int tasks) {  // in doubles
+  return detail::select(rule, [tasks](auto chosen) { return decltype(chosen)::per_task_size(tasks); });
+}
+
+// Arrays must not overlap. Called by every lane; returns the same Status bits to each.
 template <class Team>
-IGB_HD std::int32_t loss_scales(LossRule rule, int tasks, const double* losses, const double* per_task,
-                                const double* options, double* scales, const Team& team) {
-  const double eps = rule == LossRule::log ? options[LogRule::eps] : 0.0;
-  const std::int32_t status = detail::check_losses(rule, tasks, losses, per_task, eps);
-  if (status != 0) {
-    fill(tasks, scales, NAN, team);
-    return status;
-  }
-  if (rule == LossRule::igb_v1) detail::gap_weights(tasks, losses, per_task, scales, team);
-  for (int i = team.lane(); i < tasks; i += team.width()) {
-    switch (rule) {
-      case LossRule::none: scales[i] = 1.0; break;
-      case LossRule::log: scales[i] = 1.0 / fmax(losses[i] + eps, detail::tiny_loss); break;
-      case LossRule::igb_v1: scales[i] /= fmax(losses[i], detail::tiny_loss); break;
-      case LossRule::imtl_l: {
-        const double limit = detail::largest_log_scale;
-        scales[i] = exp(fmin(limit, fmax(-limit, per_task[i])));
-        break;
-      }
-    }
-  }
-  team.sync();
-  return 0;
+IGB_HD std::int32_t loss_scales(LossRule rule, const LossProblem& problem, double* scales, const Team& team) {
+  return detail::select(rule, [&](auto chosen) { return detail::scale<decltype(chosen)>(problem, scales, team); });
 }
 
 }  // namespace igb

@@ -1,5 +1,5 @@
-// The K x K mathematics of gradient balancing, one entry point for host and device. A method is one solver header, one
-// line in the enum and one in select().
+// The K x K mathematics of gradient balancing, one entry point for host and device. A method is one solver header and
+// one line in the list.
 //
 // Contract of every method: a NaN or inf in its inputs makes every weight NaN and leaves the state alone. A task whose
 // norm is at most inactive_ratio times the largest is inactive: weight 0, unless none is active; then the weights are the
@@ -18,7 +18,26 @@
 
 namespace igb {
 
-enum class Method : int { equal = 0, db_mtl = 1, emtl = 2, imtl_g = 3, nash_mtl = 4 };
+// The name in Python, and the solver.
+#define IGB_METHODS(method) \
+  method(equal, Equal)      \
+  method(db_mtl, DbMtl)     \
+  method(emtl, Emtl)        \
+  method(imtl_g, ImtlG)     \
+  method(nash_mtl, NashMtl)
+
+enum class Method : int {
+#define IGB_ENUMERATOR(name, Solver) name,
+  IGB_METHODS(IGB_ENUMERATOR)
+#undef IGB_ENUMERATOR
+};
+
+// In the order of the enumerators.
+constexpr const char* method_names[] = {
+#define IGB_NAME(name, Solver) #name,
+    IGB_METHODS(IGB_NAME)
+#undef IGB_NAME
+};
 
 namespace detail {
 
@@ -26,13 +45,12 @@ IGB_ANY_CALLABLE
 template <class Visitor>
 IGB_HD constexpr auto select(Method method, const Visitor& visit) {
   switch (method) {
-    case Method::equal: return visit(Equal{});
-    case Method::db_mtl: return visit(DbMtl{});
-    case Method::emtl: return visit(Emtl{});
-    case Method::imtl_g: return visit(ImtlG{});
-    case Method::nash_mtl: break;
+#define IGB_CASE(name, Solver) \
+  case Method::name: return visit(Solver{});
+    IGB_METHODS(IGB_CASE)
+#undef IGB_CASE
   }
-  return visit(NashMtl{});
+  return visit(Equal{});
 }
 
 template <class Solver, class Team>
@@ -61,6 +79,11 @@ IGB_HD constexpr int state_size(Method method, int tasks) {  // in doubles
 
 IGB_HD constexpr int option_count(Method method) {
   return detail::select(method, [](auto solver) { return static_cast<int>(decltype(solver)::option_count); });
+}
+
+// How many numbers the method takes for its tasks, at most; 0: none.
+IGB_HD constexpr int per_task_size(Method method, int tasks) {
+  return detail::select(method, [tasks](auto solver) { return decltype(solver)::per_task_size(tasks); });
 }
 
 IGB_HD constexpr bool needs_gram(Method method) {

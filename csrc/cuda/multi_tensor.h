@@ -60,6 +60,6 @@ void solve(Method method, const Problem& problem, double* weights, std::int32_t*
 
 // As igb::loss_scales, from and to the dtype of the losses. options is in host memory.
 void loss_scales(LossRule rule, int tasks, DType dtype, const void* losses, const double* per_task,
-                 const double* options, void* scales, std::int32_t* status, Stream stream);
+                 const double* options, double* state, void* scales, std::int32_t* status, Stream stream);
 
 }  // namespace igb::cuda

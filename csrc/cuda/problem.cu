@@ -40,13 +40,16 @@ __global__ void __launch_bounds__(Threads, 1)
 constexpr int kMostLosses = 1024;
 
 template <class T>
-__global__ void __launch_bounds__(32) scale_losses(LossRule rule, int tasks, const T* losses, const double* per_task,
+__global__ void __launch_bounds__(32) scale_losses(LossRule rule, LossProblem problem, const T* losses,
                                                    const Options options, T* scales, std::int32_t* status) {
   __shared__ double values[kMostLosses], results[kMostLosses];
+  const int tasks = problem.tasks;
   const WarpTeam team(threadIdx.x);
+  problem.losses = values;
+  problem.options = options.values;
   for (int i = threadIdx.x; i < tasks; i += 32) values[i] = double(widen(losses[i]));
   team.sync();
-  const std::int32_t bits = igb::loss_scales(rule, tasks, values, per_task, options.values, results, team);
+  const std::int32_t bits = igb::loss_scales(rule, problem, results, team);
   for (int i = threadIdx.x; i < tasks; i += 32) scales[i] = narrow<T>(Accumulator<T>(results[i]));
   if (threadIdx.x == 0) *status = bits;
 }
@@ -68,13 +71,14 @@ void solve(Method method, const Problem& problem, double* weights, std::int32_t*
 }
 
 void loss_scales(LossRule rule, int tasks, DType dtype, const void* losses, const double* per_task,
-                 const double* options, void* scales, std::int32_t* status, Stream stream) {
+                 const double* options, double* state, void* scales, std::int32_t* status, Stream stream) {
   if (tasks > kMostLosses)
     throw std::runtime_error("loss balancing on the GPU takes at most 1024 tasks, found " + std::to_string(tasks));
   const Options by_value(options, option_count(rule));
+  const LossProblem problem{tasks, nullptr, per_task, nullptr, state};
   with_type(dtype, [&](auto tag) {
     using T = Element<decltype(tag)>;
-    IGB_LAUNCH(scale_losses<T>, 1, 32, stream, rule, tasks, static_cast<const T*>(losses), per_task, by_value,
+    IGB_LAUNCH(scale_losses<T>, 1, 32, stream, rule, problem, static_cast<const T*>(losses), by_value,
                static_cast<T*>(scales), status);
   });
 }

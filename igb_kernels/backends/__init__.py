@@ -45,11 +45,17 @@ class Backend(Protocol):
     def rollback_(self, out: Any, kept: Any, status: Tensor) -> None: ...
 
     def solve(
-        self, method: str, gram: Tensor, losses: Tensor | None, options: Sequence[float], state: Tensor | None
+        self,
+        method: str,
+        gram: Tensor,
+        losses: Tensor | None,
+        per_task: Tensor | None,
+        options: Sequence[float],
+        state: Tensor | None,
     ) -> tuple[Tensor, Tensor]: ...
 
     def loss_scales(
-        self, rule: str, losses: Tensor, per_task: Tensor | None, options: Sequence[float]
+        self, rule: str, losses: Tensor, per_task: Tensor | None, options: Sequence[float], state: Tensor | None
     ) -> tuple[Tensor, Tensor]: ...
 
 

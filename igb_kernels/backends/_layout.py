@@ -99,3 +99,14 @@ def _laid_out(
             result = list(tensors)
         result[i] = torch.empty_strided(column.shape, column.stride(), dtype=t.dtype, device=t.device).copy_(t)
     return tensors if result is None else result
+
+
+def on_cpu(t: Tensor | None) -> Tensor | None:
+    """A copy on the CPU, or the same tensor where it already is there."""
+    return None if t is None else t.cpu()
+
+
+def bring_back(state: Tensor | None, kept: Tensor | None) -> None:
+    """Writes what became of `on_cpu(state)` to the state."""
+    if state is not None and kept is not None and kept is not state:
+        state.copy_(kept)

@@ -65,29 +65,40 @@ def rollback_(out: Table, kept: Table, status: Tensor) -> None:
 
 
 def solve(
-    method: str, gram: Tensor, losses: Tensor | None, options: Sequence[float], state: Tensor | None
+    method: str,
+    gram: Tensor,
+    losses: Tensor | None,
+    per_task: Tensor | None,
+    options: Sequence[float],
+    state: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     tasks = gram.shape[0]
     weights = torch.empty(tasks, dtype=torch.float64)
-    gram, losses = _doubles(gram), None if losses is None else _doubles(losses)
+    gram, losses, per_task = _doubles(gram), _optional_doubles(losses), _optional_doubles(per_task)
     status = _C.solve(
-        METHODS[method], tasks, gram.data_ptr(), gram.dim() == 2, _address(losses), options, _address(state),
-        weights.data_ptr(),
+        METHODS[method], tasks, gram.data_ptr(), gram.dim() == 2, _address(losses), _address(per_task), options,
+        _address(state), weights.data_ptr(),
     )  # fmt: skip
     return weights, torch.tensor(status, dtype=torch.int32)
 
 
-def loss_scales(rule: str, losses: Tensor, per_task: Tensor | None, options: Sequence[float]) -> tuple[Tensor, Tensor]:
-    doubles, per_task = _doubles(losses), None if per_task is None else _doubles(per_task)
+def loss_scales(
+    rule: str, losses: Tensor, per_task: Tensor | None, options: Sequence[float], state: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    doubles, per_task = _doubles(losses), _optional_doubles(per_task)
     scales = torch.empty_like(doubles)
     status = _C.loss_scales(
-        RULES[rule], len(losses), doubles.data_ptr(), _address(per_task), options, scales.data_ptr()
+        RULES[rule], len(losses), doubles.data_ptr(), _address(per_task), options, _address(state), scales.data_ptr()
     )
     return scales.to(losses.dtype), torch.tensor(status, dtype=torch.int32)
 
 
 def _doubles(t: Tensor) -> Tensor:
     return t.to(torch.float64).contiguous()
+
+
+def _optional_doubles(t: Tensor | None) -> Tensor | None:
+    return None if t is None else _doubles(t)
 
 
 def _address(t: Tensor | None) -> int:

@@ -114,7 +114,12 @@ def rollback_(out: Table, kept: Table, status: Tensor) -> None:
 
 
 def solve(
-    method: str, gram: Tensor, losses: Tensor | None, options: Sequence[float], state: Tensor | None
+    method: str,
+    gram: Tensor,
+    losses: Tensor | None,
+    per_task: Tensor | None,
+    options: Sequence[float],
+    state: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     tasks, device = gram.shape[0], gram.device
     _check_tasks(tasks)
@@ -122,26 +127,28 @@ def solve(
     number = _native.module.methods[method]
     with _on(device):
         full, gram = gram.dim() == 2, _as_doubles(gram, device)
-        losses = None if losses is None else _as_doubles(losses, device)
+        losses, per_task = _optional_doubles(losses, device), _optional_doubles(per_task, device)
         weights, status = _doubles(device, tasks), torch.empty((), dtype=torch.int32, device=device)
         workspace = _doubles(device, native.workspace_size(number, tasks))
         native.solve(
-            number, tasks, gram.data_ptr(), full, _address(losses), options, _address(state), weights.data_ptr(),
-            status.data_ptr(), workspace.data_ptr(), _stream(device),
+            number, tasks, gram.data_ptr(), full, _address(losses), _address(per_task), options, _address(state),
+            weights.data_ptr(), status.data_ptr(), workspace.data_ptr(), _stream(device),
         )  # fmt: skip
     return weights, status
 
 
-def loss_scales(rule: str, losses: Tensor, per_task: Tensor | None, options: Sequence[float]) -> tuple[Tensor, Tensor]:
+def loss_scales(
+    rule: str, losses: Tensor, per_task: Tensor | None, options: Sequence[float], state: Tensor | None
+) -> tuple[Tensor, Tensor]:
     _check_tasks(len(losses))
     assert _native.module is not None
     device = losses.device
     with _on(device):
-        losses, per_task = losses.contiguous(), None if per_task is None else _as_doubles(per_task, device)
+        losses, per_task = losses.contiguous(), _optional_doubles(per_task, device)
         scales, status = torch.empty_like(losses), torch.empty((), dtype=torch.int32, device=device)
         native.loss_scales(
             _native.module.loss_rules[rule], len(losses), DTYPE_CODES[losses.dtype], losses.data_ptr(),
-            _address(per_task), options, scales.data_ptr(), status.data_ptr(), _stream(device),
+            _address(per_task), options, _address(state), scales.data_ptr(), status.data_ptr(), _stream(device),
         )  # fmt: skip
     return scales, status
 
@@ -179,6 +186,10 @@ def _doubles(device: torch.device, *shape: int) -> Tensor:
 
 def _as_doubles(t: Tensor, device: torch.device) -> Tensor:
     return t.to(device, torch.float64).contiguous()
+
+
+def _optional_doubles(t: Tensor | None, device: torch.device) -> Tensor | None:
+    return None if t is None else _as_doubles(t, device)
 
 
 def _address(t: Tensor | None) -> int:

@@ -2,20 +2,44 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from igb_kernels.backends import OptionalTensors
+from igb_kernels.backends._layout import bring_back, on_cpu
 from igb_kernels.status import Status
 
-Solver = Callable[[Tensor, Tensor | None, Sequence[float], Tensor | None], tuple[Tensor, Status]]
-"""(Gramian or squared norms, losses, options, state) -> (weights, status), all float64 on the CPU; may write state."""
 
-Rule = Callable[[Tensor, Tensor | None, Sequence[float]], tuple[Tensor, Status]]
-"""(losses, values per task, options) -> (scales, status), float64 on the CPU."""
+@dataclass(frozen=True)
+class Problem:
+    """What a solver is given; float64 on the CPU. It may write to the state."""
+
+    gram: Tensor
+    """[K, K], or the squared norms [K] for methods that need no more."""
+    losses: Tensor | None
+    per_task: Tensor | None
+    options: Mapping[str, float]
+    state: Tensor | None
+
+
+@dataclass(frozen=True)
+class LossProblem:
+    """What a loss-balancing rule is given; float64 on the CPU. It may write to the state."""
+
+    losses: Tensor
+    per_task: Tensor | None
+    options: Mapping[str, float]
+    state: Tensor | None
+
+
+Solver = Callable[[Problem], tuple[Tensor, Status]]
+"""Weights [K] and status."""
+
+Rule = Callable[[LossProblem], tuple[Tensor, Status]]
+"""Scales [K] and status; where it has one of `status.UNUSABLE`, scales of NaN and the state as it was."""
 
 
 @dataclass(frozen=True)
@@ -23,12 +47,21 @@ class KnownSolver:
     """A method's reference, and what it is given: the Gramian or its diagonal, the losses or None."""
 
     function: Solver
+    options: tuple[str, ...]
     needs_gram: bool
     needs_losses: bool
 
 
+@dataclass(frozen=True)
+class KnownRule:
+    """A rule's reference, and its options' names."""
+
+    function: Rule
+    options: tuple[str, ...]
+
+
 SOLVERS: dict[str, KnownSolver] = {}
-RULES: dict[str, Rule] = {}
+RULES: dict[str, KnownRule] = {}
 
 
 @dataclass(frozen=True)
@@ -100,24 +133,43 @@ def rollback_(out: Table, kept: Table, status: Tensor) -> None:
 
 
 def solve(
-    method: str, gram: Tensor, losses: Tensor | None, options: Sequence[float], state: Tensor | None
+    method: str,
+    gram: Tensor,
+    losses: Tensor | None,
+    per_task: Tensor | None,
+    options: Sequence[float],
+    state: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     solver = SOLVERS[method]
-    read = (gram if solver.needs_gram or gram.dim() == 1 else gram.diagonal()).double().cpu()
-    values = losses.double().cpu() if solver.needs_losses and losses is not None else None
+    read = _doubles(gram if solver.needs_gram or gram.dim() == 1 else gram.diagonal())
+    values = _doubles(losses) if solver.needs_losses and losses is not None else None
     if bool(read.isfinite().all()) and (values is None or bool(values.isfinite().all())):
-        on_cpu = None if state is None else state.cpu()  # the same tensor where it already is there
-        weights, status = solver.function(read, values, options, on_cpu)
-        if state is not None and on_cpu is not None and state is not on_cpu:
-            state.copy_(on_cpu)
+        own = None if per_task is None else _doubles(per_task)
+        named = dict(zip(solver.options, options, strict=True))
+        kept = on_cpu(state)
+        weights, status = solver.function(Problem(read, values, own, named, kept))
+        bring_back(state, kept)
     else:
         weights, status = torch.full((len(read),), torch.nan, dtype=torch.float64), Status.NON_FINITE
-    return weights.to(gram.device), torch.tensor(int(status), dtype=torch.int32, device=gram.device)
+    return weights.to(gram.device), _status_on(gram.device, status)
 
 
-def loss_scales(rule: str, losses: Tensor, per_task: Tensor | None, options: Sequence[float]) -> tuple[Tensor, Tensor]:
-    values = losses.double().cpu()
+def loss_scales(
+    rule: str, losses: Tensor, per_task: Tensor | None, options: Sequence[float], state: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    values = _doubles(losses)
     scales, status = torch.full_like(values, torch.nan), Status.NON_FINITE
     if bool(values.isfinite().all()):
-        scales, status = RULES[rule](values, None if per_task is None else per_task.double().cpu(), options)
-    return scales.to(losses), torch.tensor(int(status), dtype=torch.int32, device=losses.device)
+        known, own, kept = RULES[rule], None if per_task is None else _doubles(per_task), on_cpu(state)
+        named = dict(zip(known.options, options, strict=True))
+        scales, status = known.function(LossProblem(values, own, named, kept))
+        bring_back(state, kept)
+    return scales.to(losses), _status_on(losses.device, status)
+
+
+def _doubles(t: Tensor) -> Tensor:
+    return t.detach().double().cpu()
+
+
+def _status_on(device: torch.device, status: Status) -> Tensor:
+    return torch.tensor(int(status), dtype=torch.int32, device=device)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from igb_kernels._log import warn_once
 from igb_kernels.backends import Backend, OptionalTensors, _triton_kernels, captures_graph, resolve
-from igb_kernels.backends._layout import DTYPE_CODES, Rows
+from igb_kernels.backends._layout import DTYPE_CODES, Rows, bring_back, on_cpu
 from igb_kernels.backends._triton_kernels import CHUNK, LANES
 
 FEW_TASKS = 8
@@ -168,18 +168,25 @@ def rollback_(out: Table, kept: Table, status: Tensor) -> None:
 
 
 def solve(
-    method: str, gram: Tensor, losses: Tensor | None, options: Sequence[float], state: Tensor | None
+    method: str,
+    gram: Tensor,
+    losses: Tensor | None,
+    per_task: Tensor | None,
+    options: Sequence[float],
+    state: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    kept = None if state is None else state.cpu()  # the same tensor where it already is there
-    weights, status = _solvers().solve(method, gram.cpu(), None if losses is None else losses.cpu(), options, kept)
-    if state is not None and kept is not None and kept is not state:
-        state.copy_(kept)
+    kept = on_cpu(state)
+    weights, status = _solvers().solve(method, gram.cpu(), on_cpu(losses), on_cpu(per_task), options, kept)
+    bring_back(state, kept)
     return weights.to(gram.device), status.to(gram.device)
 
 
-def loss_scales(rule: str, losses: Tensor, per_task: Tensor | None, options: Sequence[float]) -> tuple[Tensor, Tensor]:
-    given = None if per_task is None else per_task.cpu()
-    scales, status = _solvers().loss_scales(rule, losses.cpu(), given, options)
+def loss_scales(
+    rule: str, losses: Tensor, per_task: Tensor | None, options: Sequence[float], state: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    kept = on_cpu(state)
+    scales, status = _solvers().loss_scales(rule, losses.cpu(), on_cpu(per_task), options, kept)
+    bring_back(state, kept)
     return scales.to(losses.device), status.to(losses.device)
 
 

@@ -7,6 +7,24 @@ from igb_kernels.gradients.equal import Equal
 from igb_kernels.gradients.imtl_g import IMTLG
 from igb_kernels.gradients.nash_mtl import NashMTL
 
-METHODS: dict[str, type[GradientBalancer]] = {method.name: method for method in (Equal, DBMTL, EMTL, IMTLG, NashMTL)}
+METHODS: dict[str, type[GradientBalancer]] = {
+    method.name: method
+    for method in (
+        Equal,
+        DBMTL,
+        EMTL,
+        IMTLG,
+        NashMTL,
+    )
+}
 
-__all__ = ["DBMTL", "EMTL", "IMTLG", "METHODS", "Equal", "GradientBalancer", "NashMTL", "Needs"]
+__all__ = [
+    "DBMTL",
+    "EMTL",
+    "IMTLG",
+    "METHODS",
+    "Equal",
+    "GradientBalancer",
+    "NashMTL",
+    "Needs",
+]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from igb_kernels import ops
 from igb_kernels.backends import Backend
+from igb_kernels.card import Card
 from igb_kernels.losses import LossBalancer, Unscaled
 
 
@@ -33,6 +35,9 @@ class GradientBalancer:
     """
 
     name: ClassVar[str]
+    card: ClassVar[Card]
+    learning_rate: ClassVar[float | None] = None
+    """The recommended learning rate of `parameters`; None: the optimizer's."""
 
     def __init__(self) -> None:
         self.state: Tensor | None = None
@@ -45,6 +50,10 @@ class GradientBalancer:
     def needs(self) -> Needs:
         """What the next step needs."""
         return Needs.GRAM
+
+    def per_task(self) -> Tensor | None:
+        """The method's numbers for each task, or None."""
+        return None
 
     def default_losses(self) -> LossBalancer:
         """The loss balancing that is part of the method, used when the user names none."""
@@ -70,11 +79,12 @@ class GradientBalancer:
         Returns:
             weights [K], float64, and status, int32 [].
         """
-        return self._solve(measured, None, backend)
+        return self._solve(measured, losses if ops.SOLVERS[self.name].needs_losses else None, backend)
 
     def _solve(self, measured: Tensor, losses: Tensor | None, backend: Backend) -> tuple[Tensor, Tensor]:
         self._next_state = None if self.state is None else self.state.clone()
-        return backend.solve(self.name, measured, losses, list(self.options().values()), self._next_state)
+        options = list(self.options().values())
+        return backend.solve(self.name, measured, losses, self.per_task(), options, self._next_state)
 
     def running_weight(self, sq_norm: Tensor) -> Tensor:
         """f(‖g_k‖) of `Needs.RUNNING_NORMS`, [1], from the squared norm [1]."""
@@ -97,6 +107,13 @@ class GradientBalancer:
         if self.state is not None and self._next_state is not None and self._next_state is not self.state:
             self.state.copy_(self._next_state)  # in place, where the replays of a CUDA graph read it
 
+    def end_epoch(self) -> None:
+        """Called by `Balancer.end_epoch`."""
+
+    def parameters(self) -> list[torch.nn.Parameter]:
+        """The method's learned parameters, for an optimizer."""
+        return []
+
     def host_decision(self) -> str | None:
         """What the host decides before each step, so that none can be captured in a CUDA graph; None: nothing."""
         return None
@@ -111,6 +128,16 @@ class GradientBalancer:
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({', '.join(f'{k}={v:g}' for k, v in self.options().items())})"
+
+
+def check_preference(preference: Sequence[float] | Tensor | None) -> Tensor | None:
+    """A preference [K] as float64: finite, not negative, not all 0."""
+    if preference is None:
+        return None
+    values = torch.as_tensor(preference, dtype=torch.float64).detach().clone()
+    if values.dim() != 1 or not bool((values.isfinite() & (values >= 0)).all()) or not bool((values > 0).any()):
+        raise ValueError(f"preference must be K finite numbers, at least 0 and not all 0; found {values.tolist()}")
+    return values
 
 
 def check_number(name: str, value: float, low: float, high: float = float("inf")) -> float:

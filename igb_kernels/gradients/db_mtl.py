@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
 from igb_kernels import ops
+from igb_kernels.backends.reference import Problem
+from igb_kernels.card import Card
 from igb_kernels.gradients._reference import measure
 from igb_kernels.gradients.base import GradientBalancer, Needs, check_number
 from igb_kernels.losses import Log, LossBalancer
@@ -37,6 +37,18 @@ class DBMTL(GradientBalancer):
     """
 
     name = "db_mtl"
+    card = Card(
+        title="DB-MTL",
+        paper="Lin et al. 2023, arXiv:2308.12029",
+        formula="max_j |B_j| / (|B_k| + eps)",
+        inputs="norms, losses",
+        memory="beta > 0: 2K moving averages; beta = 0: 2 gradients",
+        passes="K",
+        invariance="update",
+        degree=0.0,
+        hazards="first updates are 1 − beta of their size unless bias_correction; the best-fitted task sets the step",
+        parity="the defaults are LibMTL's",
+    )
 
     def __init__(
         self,
@@ -90,19 +102,17 @@ class DBMTL(GradientBalancer):
     options={"beta": 0.9, "sigma": 0.0, "eps": 1e-8, "relative_eps": 0.0, "bias_correction": 0.0},
     initial_state=lambda tasks, options: [0.0, options["beta"], 1.0],
 )
-def _reference(
-    gram: Tensor, losses: Tensor | None, options: Sequence[float], state: Tensor | None
-) -> tuple[Tensor, Status]:
-    beta, sigma, eps, relative_eps, bias_correction = options
+def _reference(problem: Problem) -> tuple[Tensor, Status]:
+    options, state = problem.options, problem.state
     assert state is not None  # checked by the op
-    tasks = measure(gram, inactive=0.0)
+    tasks = measure(problem.gram, inactive=0.0)
     product = float(state[DECAY_PRODUCT] * state[DECAY])
-    correction = 1 / (1 - product) if bias_correction else 1.0
+    correction = 1 / (1 - product) if options["bias_correction"] else 1.0
     norms = correction * tasks.norms
     largest = float(norms.max())
-    weights = correction * largest / (norms + (1e-12 * largest if relative_eps else eps))
+    weights = correction * largest / (norms + (1e-12 * largest if options["relative_eps"] else options["eps"]))
     step = float(state[STEP]) + 1
-    state.copy_(torch.tensor([step, beta / (step + 1) ** sigma, product], dtype=torch.float64))
+    state.copy_(torch.tensor([step, options["beta"] / (step + 1) ** options["sigma"], product], dtype=torch.float64))
     if not tasks.any:
         return torch.ones_like(norms), tasks.status
     return torch.where(tasks.active, weights, 0.0), tasks.status

@@ -9,6 +9,8 @@ from torch import Tensor
 
 from igb_kernels import ops
 from igb_kernels.backends import Backend
+from igb_kernels.backends.reference import Problem
+from igb_kernels.card import Card
 from igb_kernels.gradients._reference import measure
 from igb_kernels.gradients.base import GradientBalancer, Needs, check_number
 from igb_kernels.status import Status
@@ -34,6 +36,17 @@ class EMTL(GradientBalancer):
     """
 
     name = "emtl"
+    card = Card(
+        title="EMTL (our formulation)",
+        paper="idea: Yuan & Zhang 2023, arXiv:2306.09373",
+        formula="m (1 + lam (r_k / mean(r) − 1)) / |g_k|, r = L / |g|",
+        inputs="norms, losses",
+        memory="K gradients",
+        passes="K",
+        invariance="direction",
+        degree=1.0,
+        hazards="a task with irreducible loss takes over unless lower= says so",
+    )
 
     def __init__(self, lam: float = 0.5, *, scale: str = "mean", lower: float | Sequence[float] | Tensor = 0.0) -> None:
         super().__init__()
@@ -65,19 +78,17 @@ class EMTL(GradientBalancer):
 
 
 @ops.register_solver("emtl", options={"lam": 0.5, "scale": 0.0}, needs_losses=True)
-def _reference(
-    gram: Tensor, losses: Tensor | None, options: Sequence[float], state: Tensor | None
-) -> tuple[Tensor, Status]:
-    lam, scale = options
+def _reference(problem: Problem) -> tuple[Tensor, Status]:
+    losses = problem.losses
     assert losses is not None  # checked by the op
-    tasks = measure(gram)
+    tasks = measure(problem.gram)
     if not tasks.any:
         return torch.ones_like(tasks.norms), tasks.status
     norms = tasks.norms[tasks.active]
     ratio = losses.clamp_min(0)[tasks.active] / norms
     mean = ratio.mean()
     rho = ratio / mean if mean > 0 else torch.ones_like(ratio)
-    length = (norms.mean(), norms.max(), torch.ones(()))[int(scale)]
-    shares = (1 + lam * (rho - 1)).clamp_min(0)
+    length = (norms.mean(), norms.max(), torch.ones(()))[int(problem.options["scale"])]
+    shares = (1 + problem.options["lam"] * (rho - 1)).clamp_min(0)
     shares = shares * len(norms) / shares.sum()  # Σ w n = A m also where a share was cut
     return tasks.spread(length * shares / norms), tasks.status

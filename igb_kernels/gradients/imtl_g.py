@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
 from igb_kernels import ops
+from igb_kernels.backends.reference import Problem
+from igb_kernels.card import Card
 from igb_kernels.gradients._reference import measure, unit_diagonal
 from igb_kernels.gradients.base import GradientBalancer
 from igb_kernels.status import Status
@@ -24,6 +24,17 @@ class IMTLG(GradientBalancer):
     """
 
     name = "imtl_g"
+    card = Card(
+        title="IMTL-G",
+        paper="Liu et al., ICLR 2021",
+        formula="equal projections of the update on all unit gradients; sum 1",
+        inputs="Gramian",
+        memory="K gradients",
+        passes="K",
+        invariance="direction",
+        degree=1.0,
+        hazards="can ascend every task (status NEGATIVE_SUM) unless descent_safe",
+    )
 
     def __init__(self, *, descent_safe: bool = False) -> None:
         super().__init__()
@@ -34,10 +45,8 @@ class IMTLG(GradientBalancer):
 
 
 @ops.register_solver("imtl_g", options={"descent_safe": 0.0}, needs_gram=True)
-def _reference(
-    gram: Tensor, losses: Tensor | None, options: Sequence[float], state: Tensor | None
-) -> tuple[Tensor, Status]:
-    (descent_safe,) = options
+def _reference(problem: Problem) -> tuple[Tensor, Status]:
+    gram = problem.gram
     tasks = measure(gram)
     status = tasks.status
     if not tasks.any:
@@ -58,4 +67,4 @@ def _reference(
         return torch.zeros_like(tasks.norms), status | Status.PARETO_STATIONARY
     if total < 0:
         status |= Status.NEGATIVE_SUM
-    return tasks.spread(v / (total.abs() if descent_safe else total)), status
+    return tasks.spread(v / (total.abs() if problem.options["descent_safe"] else total)), status

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -10,6 +9,8 @@ from torch import Tensor
 
 from igb_kernels import ops
 from igb_kernels.backends import Backend
+from igb_kernels.backends.reference import Problem
+from igb_kernels.card import Card
 from igb_kernels.gradients._reference import measure, unit_diagonal
 from igb_kernels.gradients.base import GradientBalancer, Needs, check_number
 from igb_kernels.status import Status, UsableSteps
@@ -30,6 +31,17 @@ class NashMTL(GradientBalancer):
     """
 
     name = "nash_mtl"
+    card = Card(
+        title="Nash-MTL",
+        paper="Navon et al., ICML 2022, arXiv:2202.01017",
+        formula="G w = 1 / w",
+        inputs="Gramian",
+        memory="K gradients",
+        passes="K; between update_every steps 1",
+        invariance="update",
+        degree=0.0,
+        hazards="max_norm=1 clips every update of two or more tasks to length 1; a loss scale in front changes nothing",
+    )
 
     def __init__(self, max_norm: float = 1.0, update_every: int = 1) -> None:
         super().__init__()
@@ -57,7 +69,7 @@ class NashMTL(GradientBalancer):
         self._next_state = self.state
         # To clip one gradient is to bargain with a single task whose weight is held at 1.
         one = torch.ones_like(sq_norm)
-        return backend.solve(self.name, sq_norm.reshape(1, 1), None, [self.max_norm, 1.0], one)
+        return backend.solve(self.name, sq_norm.reshape(1, 1), None, None, [self.max_norm, 1.0], one)
 
     def commit(self, status: Tensor) -> None:
         super().commit(status)
@@ -124,16 +136,14 @@ RIDGE = 1e-10
     needs_gram=True,
     initial_state=lambda tasks, options: [1.0] * tasks,
 )
-def _reference(
-    gram: Tensor, losses: Tensor | None, options: Sequence[float], state: Tensor | None
-) -> tuple[Tensor, Status]:
-    max_norm, hold = options
+def _reference(problem: Problem) -> tuple[Tensor, Status]:
+    gram, state, max_norm = problem.gram, problem.state, problem.options["max_norm"]
     assert state is not None  # checked by the op
     tasks = measure(gram)
     status = tasks.status
     if not tasks.any:
         return torch.ones_like(tasks.norms), status
-    if not hold:
+    if not problem.options["hold"]:
         cosines = unit_diagonal(gram, tasks)
         x, residual = _newton(cosines)
         ridge = RIDGE

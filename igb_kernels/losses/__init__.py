@@ -6,6 +6,21 @@ from igb_kernels.losses.imtl_l import IMTLL
 from igb_kernels.losses.log import Log
 from igb_kernels.losses.unscaled import Unscaled
 
-RULES: dict[str, type[LossBalancer]] = {rule.name: rule for rule in (Unscaled, Log, IGBv1, IMTLL)}
+RULES: dict[str, type[LossBalancer]] = {
+    rule.name: rule
+    for rule in (
+        Unscaled,
+        Log,
+        IGBv1,
+        IMTLL,
+    )
+}
 
-__all__ = ["IMTLL", "RULES", "IGBv1", "Log", "LossBalancer", "Unscaled"]
+__all__ = [
+    "IMTLL",
+    "RULES",
+    "IGBv1",
+    "Log",
+    "LossBalancer",
+    "Unscaled",
+]

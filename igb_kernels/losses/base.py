@@ -7,35 +7,52 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from igb_kernels import ops
 from igb_kernels.backends import Backend
+from igb_kernels.card import Card
+from igb_kernels.status import UNUSABLE
 
 
 class LossBalancer:
-    """Turns K losses into K scales s_k = dφ_k/dL_k, the seeds of the tasks' backward passes.
+    """Turns K losses into K scales s_k = ∂φ/∂L_k, the seeds of the tasks' backward passes.
 
-    A rule is its name in `ops.loss_scales`, options, values per task, and what it remembers between steps. It never
-    sees parameters or gradients.
+    A rule is its name in `ops.loss_scales`, options, numbers for each task, and what it remembers between steps. It
+    never sees parameters or gradients.
     """
 
     name: ClassVar[str]
+    card: ClassVar[Card]
+    learning_rate: ClassVar[float | None] = None
+    """The recommended learning rate of `parameters`; None: the optimizer's."""
+
+    def __init__(self) -> None:
+        self.state: Tensor | None = None
+        self._next_state: Tensor | None = None
 
     def start(self, tasks: int, device: torch.device) -> None:
         """Called at the first step with the number of tasks and the losses' device."""
+        if self.state is None:
+            self.state = ops.RULES[self.name].new_state(tasks, device, **self.options())
 
     def options(self) -> dict[str, float]:
         """The rule's options, in the order in which it was registered."""
         return {}
 
     def per_task(self) -> Tensor | None:
-        """The rule's values per task [K], or None."""
+        """The rule's numbers for each task, or None."""
         return None
 
     def scales(self, losses: Tensor, backend: Backend) -> tuple[Tensor, Tensor]:
-        """Scales [K] in the losses' dtype and the status, int32 []. Changes no state."""
-        return backend.loss_scales(self.name, losses, self.per_task(), list(self.options().values()))
+        """Scales [K] in the losses' dtype and the status, int32 []. `commit` advances the state, not this."""
+        self._next_state = None if self.state is None else self.state.clone()
+        return backend.loss_scales(self.name, losses, self.per_task(), list(self.options().values()), self._next_state)
 
     def commit(self, losses: Tensor, scales: Tensor, status: Tensor) -> None:
-        """Takes a finished step's losses and scales [K] into account, unless its status says NON_FINITE."""
+        """Takes a finished step's losses and scales [K] into account, unless its status is unusable."""
+        if self.state is not None and self._next_state is not None:
+            unusable = (status & UNUSABLE).to(self.state.device) != 0
+            # In place, where the replays of a CUDA graph read it.
+            self.state.copy_(torch.where(unusable, self.state, self._next_state))
 
     def host_decision(self) -> str | None:
         """What the host decides before the next step, so that it cannot be captured in a CUDA graph; None: nothing."""
@@ -50,10 +67,11 @@ class LossBalancer:
 
     def state_dict(self) -> dict[str, Any]:
         """What influences the next step: numbers and tensors (not copies)."""
-        return {}
+        return {"state": self.state}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restores what `state_dict` returned; ValueError where it does not fit, with nothing changed."""
+        self.state = state["state"]
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}()"

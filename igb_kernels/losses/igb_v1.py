@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 
 from igb_kernels import ops
+from igb_kernels.backends.reference import LossProblem
+from igb_kernels.card import Card
 from igb_kernels.losses.base import LossBalancer
 from igb_kernels.losses.log import TINY, unless_negative
 from igb_kernels.status import UNUSABLE, Status, UsableSteps
@@ -34,10 +36,22 @@ class IGBv1(LossBalancer):
     """
 
     name = "igb_v1"
+    card = Card(
+        title="IGBv1",
+        paper="Dai et al., UAI 2023, arXiv:2307.15429",
+        formula="K softmax(L / L_base)_k / L_k",
+        inputs="losses",
+        memory="nothing",
+        passes="1",
+        invariance="update",
+        degree=0.0,
+        hazards="needs end_epoch(), or steps=, for its base losses; until then as Log",
+    )
 
     def __init__(
         self, base_epoch: int = 1, *, steps: int | None = None, base_losses: Sequence[float] | Tensor | None = None
     ) -> None:
+        super().__init__()
         if steps is not None and base_losses is not None:
             raise ValueError("steps and base_losses exclude each other: the base is measured or given")
         if not isinstance(base_epoch, int) or base_epoch < 0:
@@ -116,8 +130,9 @@ class IGBv1(LossBalancer):
         return f"IGBv1(steps={self.steps})" if self.steps is not None else f"IGBv1(base_epoch={self.base_epoch})"
 
 
-@ops.register_rule("igb_v1", needs_per_task=True)
-def _reference(losses: Tensor, per_task: Tensor | None, options: Sequence[float]) -> tuple[Tensor, Status]:
+@ops.register_rule("igb_v1", per_task=lambda tasks: (tasks,), needs_per_task=True)
+def _reference(problem: LossProblem) -> tuple[Tensor, Status]:
+    losses, per_task = problem.losses, problem.per_task
     scales = 1 / losses.clamp_min(TINY)
     assert per_task is not None  # checked by the op
     if not per_task.isnan().any():

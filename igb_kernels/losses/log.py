@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
 from igb_kernels import ops
+from igb_kernels.backends.reference import LossProblem
+from igb_kernels.card import Card
 from igb_kernels.losses.base import LossBalancer
 from igb_kernels.status import Status
 
@@ -26,8 +26,20 @@ class Log(LossBalancer):
     """
 
     name = "log"
+    card = Card(
+        title="Log (SI)",
+        paper="Dai et al., UAI 2023, arXiv:2307.15429",
+        formula="1 / (L_k + eps)",
+        inputs="losses",
+        memory="nothing",
+        passes="1",
+        invariance="update",
+        degree=0.0,
+        hazards="unbounded below: a task that can reach loss 0 alone takes over",
+    )
 
     def __init__(self, eps: float = 0.0) -> None:
+        super().__init__()
         if not 0 <= eps < float("inf"):
             raise ValueError(f"eps must be a finite number, at least 0; found {eps!r}")
         self.eps = float(eps)
@@ -47,6 +59,6 @@ def unless_negative(losses: Tensor, scales: Tensor) -> tuple[Tensor, Status]:
 
 
 @ops.register_rule("log", options={"eps": 0.0})
-def _reference(losses: Tensor, per_task: Tensor | None, options: Sequence[float]) -> tuple[Tensor, Status]:
-    (eps,) = options
-    return unless_negative(losses + eps, 1 / (losses + eps).clamp_min(TINY))
+def _reference(problem: LossProblem) -> tuple[Tensor, Status]:
+    shifted = problem.losses + problem.options["eps"]
+    return unless_negative(shifted, 1 / shifted.clamp_min(TINY))

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
+import torch
 from torch import Tensor
 
 from igb_kernels import ops
+from igb_kernels.backends.reference import LossProblem
+from igb_kernels.card import Card
 from igb_kernels.losses.base import LossBalancer
 from igb_kernels.status import Status
 
@@ -15,8 +16,16 @@ class Unscaled(LossBalancer):
     """Leaves the losses as they are: s_k = 1."""
 
     name = "none"
+    card = Card(
+        title="Unscaled",
+        paper="",
+        formula="1",
+        inputs="nothing",
+        memory="nothing",
+        passes="1",
+    )
 
 
 @ops.register_rule("none")
-def _reference(losses: Tensor, per_task: Tensor | None, options: Sequence[float]) -> tuple[Tensor, Status]:
-    return losses.new_ones(losses.shape), Status(0)
+def _reference(problem: LossProblem) -> tuple[Tensor, Status]:
+    return torch.ones_like(problem.losses), Status(0)

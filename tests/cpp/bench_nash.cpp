@@ -36,7 +36,7 @@ int main() {
       const auto start = std::chrono::steady_clock::now();
       for (int r = 0; r < repeats; ++r)
         for (const std::vector<double>& gram : grams) {
-          const igb::Problem problem{tasks, gram.data(), true, nullptr, options, state.data()};
+          const igb::Problem problem{tasks, gram.data(), true, nullptr, nullptr, options, state.data()};
           igb::solve(igb::Method::nash_mtl, problem, weights.data(), workspace.data(), igb::SerialTeam{});
           checksum += weights[0];
         }

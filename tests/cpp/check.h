@@ -54,8 +54,17 @@ inline void near(double actual, double expected, double tolerance, const char* f
 #define CHECK(condition) ((condition) ? void() : check::fail(__FILE__, __LINE__, #condition))
 #define CHECK_NEAR(actual, expected, tolerance) check::near(actual, expected, tolerance, __FILE__, __LINE__, #actual)
 
-constexpr igb::Method methods[] = {igb::Method::equal, igb::Method::db_mtl, igb::Method::emtl, igb::Method::imtl_g,
-                                   igb::Method::nash_mtl};
+constexpr igb::Method methods[] = {
+#define IGB_METHOD(name, Solver) igb::Method::name,
+    IGB_METHODS(IGB_METHOD)
+#undef IGB_METHOD
+};
+
+constexpr igb::LossRule rules[] = {
+#define IGB_RULE(name, Rule) igb::LossRule::name,
+    IGB_LOSS_RULES(IGB_RULE)
+#undef IGB_RULE
+};
 
 // ---- running a method -------------------------------------------------------------------------------------------------
 
@@ -63,6 +72,7 @@ struct Input {
   int tasks;
   Vector gram;  // K*K, or K squared norms
   Vector losses, options, state;
+  Vector per_task = {};
 };
 
 struct Result {
@@ -72,13 +82,12 @@ struct Result {
 
 inline Vector default_options(igb::Method method) {
   switch (method) {
-    case igb::Method::equal: return {};
     case igb::Method::db_mtl: return {0.9, 0.5, 1e-8, 0.0, 0.0};
     case igb::Method::emtl: return {0.5, 0.0};
     case igb::Method::imtl_g: return {0.0};
-    case igb::Method::nash_mtl: break;
+    case igb::Method::nash_mtl: return {0.0, 0.0};
+    default: return Vector(igb::option_count(method), 0.5);  // not more than a solve that must end and be finite
   }
-  return {0.0, 0.0};
 }
 
 inline Vector initial_state(igb::Method method, int tasks) {
@@ -89,15 +98,16 @@ inline Vector initial_state(igb::Method method, int tasks) {
 inline Input make_input(igb::Method method, int tasks, const Vector& gram) {
   Vector losses(tasks);
   for (int i = 0; i < tasks; ++i) losses[i] = 0.5 + i;
-  return {tasks, gram, losses, default_options(method), initial_state(method, tasks)};
+  return {tasks, gram, losses, default_options(method), initial_state(method, tasks),
+          Vector(igb::per_task_size(method, tasks), 0.5)};
 }
 
 // Outputs and workspace start as NaN: nothing may read them before it writes.
 template <class Team>
 std::int32_t run_into(igb::Method method, const Input& input, Result& result, Vector& workspace, const Team& team) {
   const bool full = input.gram.size() != static_cast<std::size_t>(input.tasks);
-  const igb::Problem problem{input.tasks,         input.gram.data(),    full || input.tasks == 1,
-                             input.losses.data(), input.options.data(), result.state.data()};
+  const igb::Problem problem{input.tasks,           input.gram.data(),    full || input.tasks == 1, input.losses.data(),
+                             input.per_task.data(), input.options.data(), result.state.data()};
   return igb::solve(method, problem, result.weights.data(), workspace.data(), team);
 }
 

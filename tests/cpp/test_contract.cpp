@@ -11,6 +11,10 @@ namespace {
 
 const double infinity = std::numeric_limits<double>::infinity();
 
+// Whose answers these tests know in closed form; of the others the Python tests know more.
+constexpr igb::Method known[] = {igb::Method::equal, igb::Method::db_mtl, igb::Method::emtl, igb::Method::imtl_g,
+                                 igb::Method::nash_mtl};
+
 double neutral_weight(igb::Method method, int tasks) { return method == igb::Method::imtl_g ? 1.0 / tasks : 1.0; }
 
 // Powers of a common factor c on all gradients (and losses) that the update gains.
@@ -81,7 +85,7 @@ TEST(inputs_that_a_method_does_not_use_may_be_anything) {
 
 TEST(tasks_without_gradient_get_no_weight) {
   std::mt19937_64 engine(32);
-  for (const igb::Method method : methods) {
+  for (const igb::Method method : known) {
     if (method == igb::Method::equal) continue;
     for (const double square : {0.0, -1e-3}) {
       Vector gram = random_gram(4, engine);
@@ -103,7 +107,7 @@ TEST(tasks_without_gradient_get_no_weight) {
 
 TEST(without_any_gradient_weights_are_neutral) {
   for (const int tasks : {1, 2, 5})
-    for (const igb::Method method : methods) {
+    for (const igb::Method method : known) {
       const Input input = make_input(method, tasks, Vector(tasks * tasks, 0.0));
       const Result result = run(method, input);
       CHECK(result.status == (igb::all_inactive | igb::zero_gradient));
@@ -114,7 +118,7 @@ TEST(without_any_gradient_weights_are_neutral) {
 
 TEST(one_task_is_enough) {
   for (const double square : {1e-16, 1.0, 9.0, 1e16})
-    for (const igb::Method method : methods) {
+    for (const igb::Method method : known) {
       const Result result = run(method, 1, {square});
       CHECK(result.status == 0);
       const double expected = method == igb::Method::nash_mtl ? 1.0 / std::sqrt(square)
@@ -126,7 +130,7 @@ TEST(one_task_is_enough) {
 TEST(permuted_tasks_get_permuted_weights) {
   std::mt19937_64 engine(33);
   for (const int tasks : {2, 3, 8, 11})
-    for (const igb::Method method : methods)
+    for (const igb::Method method : known)
       for (int repeat = 0; repeat < 5; ++repeat) {
         const Vector gram = rescaled(random_gram(tasks, engine), random_scales(tasks, 1.0, engine));
         std::vector<int> order(tasks);
@@ -149,7 +153,7 @@ TEST(permuted_tasks_get_permuted_weights) {
 TEST(updates_have_their_scale_degree) {
   std::mt19937_64 engine(34);
   for (const double factor : {1e-8, 1e8})
-    for (const igb::Method method : methods) {
+    for (const igb::Method method : known) {
       const int tasks = 5;
       Input plain = make_input(method, tasks, random_gram(tasks, engine));
       if (method == igb::Method::db_mtl) plain.options[igb::DbMtl::relative_eps] = 1.0;

@@ -17,7 +17,8 @@ KERNEL = """
 __global__ void balance(igb::Method method, igb::Problem problem, igb::LossRule rule, const double* per_task,
                         double* scales, double* weights, double* workspace, int* status) {
   const igb::WarpTeam team(static_cast<int>(threadIdx.x));
-  const int losses = igb::loss_scales(rule, problem.tasks, problem.losses, per_task, problem.options, scales, team);
+  const igb::LossProblem losses_only{problem.tasks, problem.losses, per_task, problem.options, problem.state};
+  const int losses = igb::loss_scales(rule, losses_only, scales, team);
   const int solve = igb::solve(method, problem, weights, workspace, team);
   if (team.lane() == 0) *status = losses | solve;
 }

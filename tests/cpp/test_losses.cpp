@@ -8,7 +8,6 @@ using namespace check;
 namespace {
 
 const double infinity = std::numeric_limits<double>::infinity();
-constexpr igb::LossRule rules[] = {igb::LossRule::none, igb::LossRule::log, igb::LossRule::igb_v1, igb::LossRule::imtl_l};
 
 struct Scales {
   std::int32_t status;
@@ -18,8 +17,10 @@ struct Scales {
 Scales scales_of(igb::LossRule rule, const Vector& losses, const Vector& per_task = {}, double eps = 0.0) {
   const int tasks = static_cast<int>(losses.size());
   Scales scales{0, Vector(tasks, NAN)};
-  scales.status =
-      igb::loss_scales(rule, tasks, losses.data(), per_task.data(), &eps, scales.values.data(), igb::SerialTeam{});
+  const Vector options(igb::option_count(rule), eps);
+  Vector state(igb::state_size(rule, tasks), 1.0);
+  const igb::LossProblem problem{tasks, losses.data(), per_task.data(), options.data(), state.data()};
+  scales.status = igb::loss_scales(rule, problem, scales.values.data(), igb::SerialTeam{});
   return scales;
 }
 
@@ -96,7 +97,7 @@ TEST(negative_losses_under_a_logarithm_are_reported) {
 TEST(non_finite_losses_are_reported_by_every_rule) {
   for (const igb::LossRule rule : rules)
     for (const double bad : {static_cast<double>(NAN), infinity, -infinity}) {
-      const Scales scales = scales_of(rule, {-1.0, 1.0, bad}, {1.0, 1.0, 1.0});
+      const Scales scales = scales_of(rule, {-1.0, 1.0, bad}, Vector(igb::per_task_size(rule, 3), 1.0));
       CHECK(scales.status == igb::non_finite);
       CHECK(all_nan(scales.values));
     }

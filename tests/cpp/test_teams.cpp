@@ -46,18 +46,23 @@ void compare_solves(igb::Method method, const Input& input, const std::string& n
 
 void compare_scales(igb::LossRule rule, const Vector& losses, const Vector& per_task) {
   const int tasks = static_cast<int>(losses.size());
-  const double options[] = {1e-8};
-  Vector serial(tasks, NAN);
-  const std::int32_t expected =
-      igb::loss_scales(rule, tasks, losses.data(), per_task.data(), options, serial.data(), igb::SerialTeam{});
+  const Vector options(igb::option_count(rule), 1e-8);
+  const Vector initial(igb::state_size(rule, tasks), 1.0);
+  const auto scale = [&](Vector& state, Vector& scales, const auto& team) {
+    const igb::LossProblem problem{tasks, losses.data(), per_task.data(), options.data(), state.data()};
+    return igb::loss_scales(rule, problem, scales.data(), team);
+  };
+  Vector serial(tasks, NAN), serial_state = initial;
+  const std::int32_t expected = scale(serial_state, serial, igb::SerialTeam{});
   compare_teams<Vector>(
       serial,
       [&](EmulatedWarp& warp, bool& uniform) {
-        Vector scales(tasks, NAN);
+        Vector scales(tasks, NAN), state = initial;
         uniform = warp.run([&](const EmulatedWarp::Lane& lane) {
-          CHECK(igb::loss_scales(rule, tasks, losses.data(), per_task.data(), options, scales.data(), lane) == expected);
+          CHECK(scale(state, scales, lane) == expected);
           CHECK(same_bits(scales, serial));  // seen by every lane
         });
+        CHECK(same_bits(state, serial_state));
         return scales;
       },
       same_bits, "loss rule " + std::to_string(static_cast<int>(rule)) + ", K " + std::to_string(tasks));
@@ -108,12 +113,14 @@ TEST(scales_have_the_same_bits_in_every_team) {
       losses[i] = 0.1 + 0.37 * i;
       per_task[i] = 0.5 + 0.2 * (i % 5);
     }
-    for (const igb::LossRule rule :
-         {igb::LossRule::none, igb::LossRule::log, igb::LossRule::igb_v1, igb::LossRule::imtl_l}) {
-      compare_scales(rule, losses, per_task);
+    for (const igb::LossRule rule : rules) {
+      const int size = igb::per_task_size(rule, tasks);
+      Vector own(size);
+      for (int i = 0; i < size; ++i) own[i] = per_task[i % tasks];
+      compare_scales(rule, losses, own);
       Vector negative = losses;
       negative.back() = -1.0;
-      compare_scales(rule, negative, per_task);
+      compare_scales(rule, negative, own);
     }
     Vector unknown = per_task;
     unknown.back() = NAN;

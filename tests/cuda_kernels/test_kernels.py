@@ -161,9 +161,11 @@ def test_solvers_have_the_bits_of_the_cpu(emulated, guarded, method, tasks):
     state = solver.new_state(tasks, torch.device("cpu"))
     states = [None if state is None else state.clone() for _ in range(2)]
     results = [guarded.unused(torch.float64, tasks) for _ in range(2)]
+    numbers = torch.rand(solver.per_task(tasks) if solver.needs_per_task else 0, dtype=torch.float64)
+    per_task = numbers.data_ptr() if solver.needs_per_task else 0
     workspace = guarded.unused(torch.float64, emulated.workspace_size(_native.module.methods[method], tasks))
     status = torch.full((), -1, dtype=torch.int32)
-    arguments = (_native.module.methods[method], tasks, gram.data_ptr(), True, losses.data_ptr(), options)
+    arguments = (_native.module.methods[method], tasks, gram.data_ptr(), True, losses.data_ptr(), per_task, options)
     pointers = [0 if s is None else s.data_ptr() for s in states]
     emulated.solve(*arguments, pointers[0], results[0].data_ptr(), status.data_ptr(), workspace.data_ptr(), 0)
     assert int(status) == _native.module.solve(*arguments, pointers[1], results[1].data_ptr())
@@ -175,15 +177,19 @@ def test_solvers_have_the_bits_of_the_cpu(emulated, guarded, method, tasks):
 @pytest.mark.parametrize("rule", list(_native.module.loss_rules if _native.module else []))
 def test_loss_scales_have_the_bits_of_the_cpu(emulated, guarded, rule, dtype):
     losses = guarded.tensor((torch.rand(37) + 0.1).to(dtype))
-    per_task = torch.rand(37, dtype=torch.float64) + 0.5
-    options = [1e-8] if rule == "log" else []
+    known = ops.RULES[rule]
+    per_task = torch.rand(known.per_task(37) if known.per_task else 0, dtype=torch.float64) + 0.5
+    options, state = list(known.options.values()), known.new_state(37, torch.device("cpu"))
+    states = [None if state is None else state.clone() for _ in range(2)]
+    pointers = [0 if s is None else s.data_ptr() for s in states]
     scales, status = guarded.unused(dtype, 37), torch.full((), -1, dtype=torch.int32)
     number, wide, expected = _native.module.loss_rules[rule], losses.double(), torch.empty(37, dtype=torch.float64)
     emulated.loss_scales(
-        number, 37, DTYPE_CODES[dtype], losses.data_ptr(), per_task.data_ptr(), options, scales.data_ptr(),
-        status.data_ptr(), 0,
+        number, 37, DTYPE_CODES[dtype], losses.data_ptr(), per_task.data_ptr(), options, pointers[0],
+        scales.data_ptr(), status.data_ptr(), 0,
     )  # fmt: skip
     assert int(status) == _native.module.loss_scales(
-        number, 37, wide.data_ptr(), per_task.data_ptr(), options, expected.data_ptr()
+        number, 37, wide.data_ptr(), per_task.data_ptr(), options, pointers[1], expected.data_ptr()
     )
     assert torch.equal(scales, expected.to(dtype))
+    assert state is None or torch.equal(*states)

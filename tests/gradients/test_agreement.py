@@ -32,12 +32,12 @@ def test_backends_agree(variant, family, tasks):
     )
     assert cpu.isfinite().all()
     assert reference.isfinite().all()
-    if variant.method == "imtl_g" and family in DECIDED_BY_ROUNDING and tasks > 1:
+    if (variant.method == "imtl_g" or not variant.unique) and family in DECIDED_BY_ROUNDING and tasks > 1:
         return
     assert cpu_status == reference_status
     assert update_distance(rows, cpu, reference) <= tolerance(variant, family)
-    if variant.method == "db_mtl":
-        torch.testing.assert_close(*states, rtol=1e-15, atol=0)
+    if states[0] is not None and variant.method != "nash_mtl":  # its alpha is as its weights
+        torch.testing.assert_close(*states, rtol=1e-12, atol=0)
 
 
 @pytest.mark.parametrize("tasks", [128, 300])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pathlib
 import re
+from math import prod
 
 import pytest
 import torch
@@ -37,12 +38,10 @@ def make_rule(name):
 def test_every_method_is_registered_everywhere():
     assert set(METHODS) == set(ops.SOLVERS) == set(reference.SOLVERS) == set(_C.methods)
     assert {name: cls.name for name, cls in METHODS.items()} == {name: name for name in METHODS}
-    assert {name: int(value) for name, value in enumerators("solve.h", "Method").items()} == _C.methods
 
 
 def test_every_rule_is_registered_everywhere():
     assert set(RULES) == set(ops.RULES) == set(reference.RULES) == set(_C.loss_rules)
-    assert {name: int(value) for name, value in enumerators("losses.h", "LossRule").items()} == _C.loss_rules
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -63,15 +62,30 @@ def test_options_of_rules(rule):
     registered = list(ops.RULES[rule].options)
     assert registered == list(make_rule(rule).options())
     assert len(registered) == _C.rule_option_count(_C.loss_rules[rule])
-    if registered:
-        assert registered == declared_options("losses.h")
+    assert [IN_CPP.get(name, name) for name in registered] == declared_options(f"rules/{rule}.h")
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_defaults_of_rules(rule):
+    assert ops.RULES[rule].options == make_rule(rule).options()
 
 
 @pytest.mark.parametrize("tasks", [1, 2, 7, 128])
 @pytest.mark.parametrize("method", METHODS)
 def test_state_sizes(method, tasks):
-    state = ops.SOLVERS[method].new_state(tasks, torch.device("cpu"))
-    assert (0 if state is None else len(state)) == _C.state_size(_C.methods[method], tasks)
+    solver, number = ops.SOLVERS[method], _C.methods[method]
+    state = solver.new_state(tasks, torch.device("cpu"))
+    assert (0 if state is None else len(state)) == _C.state_size(number, tasks)
+    assert (0 if solver.per_task is None else prod(solver.per_task(tasks))) == _C.per_task_size(number, tasks)
+
+
+@pytest.mark.parametrize("tasks", [1, 2, 7, 128])
+@pytest.mark.parametrize("name", RULES)
+def test_sizes_of_rules(name, tasks):
+    rule, number = ops.RULES[name], _C.loss_rules[name]
+    state = rule.new_state(tasks, torch.device("cpu"))
+    assert (0 if state is None else len(state)) == _C.rule_state_size(number, tasks)
+    assert (0 if rule.per_task is None else prod(rule.per_task(tasks))) == _C.rule_per_task_size(number, tasks)
 
 
 def test_status_bits():

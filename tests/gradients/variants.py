@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -10,21 +10,44 @@ from samplers import gramian
 from torch import Tensor
 
 from igb_kernels import Status, ops
+from igb_kernels.gradients import METHODS
 
 
 @dataclass(frozen=True)
 class Variant:
+    """A method with options, and what the tests of all methods may expect of it; the rest is on its card."""
+
     method: str
     options: Mapping[str, float] = field(default_factory=dict)
+    degree: float | None = None
+    """Overrides the card's: q such that the update becomes c^q of itself when all gradients are multiplied by c."""
+    per_task: Callable[[int], Tensor] | None = None
+    """The method's own numbers for K tasks, where it must have some or they are part of the variant."""
+    weightless: bool = True
+    """A task without gradient gets weight 0, and changes nothing for the others."""
+    symmetric: bool = True
+    """Permuted tasks get permuted weights."""
+    unique: bool = True
+    """Copies of a task get the same weight; and every singular Gramian has one answer."""
 
     def __str__(self) -> str:
         return " ".join([self.method, *(f"{k}={v:g}" for k, v in self.options.items())])
 
-    def solve(self, gram: Tensor, losses: Tensor | None = None, *, state: Tensor | None = None, backend: str = "cpu"):
+    def solve(
+        self,
+        gram: Tensor,
+        losses: Tensor | None = None,
+        *,
+        per_task: Tensor | None = None,
+        state: Tensor | None = None,
+        backend: str = "cpu",
+    ):
         """Weights and status flags."""
         if losses is None:
             losses = losses_for(len(gram))
-        weights, status = ops.solve(self.method, gram, losses, state=state, backend=backend, **self.options)
+        if per_task is None and self.per_task is not None:
+            per_task = self.per_task(len(gram))
+        weights, status = ops.solve(self.method, gram, losses, per_task, state=state, backend=backend, **self.options)
         assert status.dtype is torch.int32
         assert status.shape == ()
         return weights, Status(int(status))
@@ -37,9 +60,10 @@ class Variant:
         return ops.SOLVERS[self.method].needs_gram
 
     @property
-    def degree(self) -> int:
-        """q such that the update is multiplied by c^q when all gradients are multiplied by c."""
-        return 0 if self.method == "nash_mtl" or self.options.get("scale") == 2 else 1
+    def scale_degree(self) -> float:
+        degree = METHODS[self.method].card.degree if self.degree is None else self.degree
+        assert degree is not None, f"{self.method}: the card or the variant says how the update scales"
+        return degree
 
     @property
     def has_absolute_eps(self) -> bool:
@@ -48,21 +72,30 @@ class Variant:
     @property
     def scale_free(self) -> bool:
         """The direction does not change when a loss is multiplied by a constant."""
-        return self.method != "equal" and not self.has_absolute_eps
+        return METHODS[self.method].card.invariance != "" and not self.has_absolute_eps
 
 
 VARIANTS = [
-    Variant("equal"),
+    Variant("equal", weightless=False),
     Variant("db_mtl", {"beta": 0.0}),
-    Variant("db_mtl", {"beta": 0.0, "eps": 0.0}),
-    Variant("db_mtl", {"beta": 0.9, "sigma": 0.5, "eps": 0.0, "bias_correction": 1.0}),
+    Variant("db_mtl", {"beta": 0.0, "eps": 0.0}, degree=1),
+    Variant("db_mtl", {"beta": 0.9, "sigma": 0.5, "eps": 0.0, "bias_correction": 1.0}, degree=1),
     *(Variant("emtl", {"lam": lam}) for lam in (0.0, 0.5, 1.0, 2.0)),
-    *(Variant("emtl", {"lam": 0.5, "scale": scale}) for scale in (1, 2)),
+    Variant("emtl", {"lam": 0.5, "scale": 1}),
+    Variant("emtl", {"lam": 0.5, "scale": 2}, degree=0),
     Variant("imtl_g"),
     Variant("imtl_g", {"descent_safe": 1.0}),
     Variant("nash_mtl", {"max_norm": 0.0}),
     Variant("nash_mtl", {"max_norm": 1.0}),
 ]
+
+KNOWN_ALONE = ("equal", "db_mtl", "emtl", "imtl_g", "nash_mtl")
+"""Methods whose weight of a single task test_properties knows; of the others it is finite and positive."""
+
+
+def variant_of(method: str) -> Variant:
+    """Some variant of each method."""
+    return next(variant for variant in VARIANTS if variant.method == method)
 
 
 def losses_for(tasks: int) -> Tensor:

@@ -86,12 +86,12 @@ CALLS = {
     "short state": (solve("nash_mtl", GRAM, state=STATE[:1]), ValueError, "solve … state … (2,) … found (1,)"),
     "float32 state": (solve("nash_mtl", GRAM, state=LOSSES), ValueError, "solve … state … float64 … found … float32"),
     "too few options": (
-        lambda: ops.registered.solve("emtl", GRAM, LOSSES, [0.5], None),
+        lambda: ops.registered.solve("emtl", GRAM, LOSSES, None, [0.5], None),
         ValueError,
         "solve … emtl … options … lam … found 1",
     ),
     "no state": (
-        lambda: ops.registered.solve("nash_mtl", GRAM, None, [1.0, 0.0], None),
+        lambda: ops.registered.solve("nash_mtl", GRAM, None, None, [1.0, 0.0], None),
         ValueError,
         "solve … state … float64 … found None",
     ),

@@ -18,11 +18,12 @@ PACKAGE = ROOT / "igb_kernels"
 CSRC = ROOT / "csrc"
 MODULES = sorted(path for path in PACKAGE.rglob("*.py"))
 
-FOUNDATION = {"_log", "status"}
+FOUNDATION = {"_log", "status", "card"}
 OPERATIONS = FOUNDATION | {"backends", "ops"}
 ALLOWED = {
     "_log": set(),
     "status": set(),
+    "card": set(),
     "_native": {"_C"},
     "backends": FOUNDATION | {"_native", "_C"},
     "ops": FOUNDATION | {"backends"},

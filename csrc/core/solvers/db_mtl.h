@@ -15,6 +15,7 @@ struct DbMtl {
   static constexpr bool needs_gram = false;
   static constexpr bool needs_losses = false;
   static constexpr double inactive_ratio = 0.0;  // the formula itself is sound for every nonzero norm
+  IGB_HD static constexpr int per_task_size(int) { return 0; }
   IGB_HD static constexpr int state_size(int) { return state_count; }
   IGB_HD static constexpr int workspace_size(int) { return 0; }
 

@@ -16,6 +16,7 @@ struct Emtl {
   static constexpr bool needs_gram = false;
   static constexpr bool needs_losses = true;
   static constexpr double inactive_ratio = 1e-12;
+  IGB_HD static constexpr int per_task_size(int) { return 0; }
   IGB_HD static constexpr int state_size(int) { return 0; }
   IGB_HD static constexpr int workspace_size(int) { return 0; }
 

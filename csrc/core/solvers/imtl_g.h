@@ -14,6 +14,7 @@ struct ImtlG {
   static constexpr bool needs_gram = true;
   static constexpr bool needs_losses = false;
   static constexpr double inactive_ratio = 1e-12;
+  IGB_HD static constexpr int per_task_size(int) { return 0; }
   IGB_HD static constexpr int state_size(int) { return 0; }
   IGB_HD static constexpr int workspace_size(int tasks) { return tasks * tasks + 2 * tasks; }
 

@@ -17,6 +17,7 @@ struct NashMtl {
   static constexpr bool needs_gram = true;
   static constexpr bool needs_losses = false;
   static constexpr double inactive_ratio = 1e-12;
+  IGB_HD static constexpr int per_task_size(int) { return 0; }
   IGB_HD static constexpr int state_size(int tasks) { return tasks; }
   IGB_HD static constexpr int workspace_size(int tasks) { return tasks * tasks + 4 * tasks; }
 

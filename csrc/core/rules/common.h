@@ -1,0 +1,46 @@
+// What rules share: limits, and a softmax for a team.
+#pragma once
+
+#include "../linalg.h"
+#include "../problem.h"
+#include "../status.h"
+
+namespace igb {
+
+constexpr double tiny_loss = 1e-20;      // a finished task's loss is clamped here
+constexpr double largest_log_scale = 20;
+
+IGB_HD inline bool all_finite(int n, const double* values) {
+  for (int i = 0; i < n; ++i)
+    if (!is_finite(values[i])) return false;
+  return true;
+}
+
+IGB_HD inline bool any_nan(int n, const double* values) {
+  for (int i = 0; i < n; ++i)
+    if (values[i] != values[i]) return true;
+  return false;
+}
+
+IGB_HD inline bool any_below(int n, const double* values, double bound) {
+  for (int i = 0; i < n; ++i)
+    if (values[i] < bound) return true;
+  return false;
+}
+
+// values := total softmax(values), where exp cannot overflow.
+template <class Team>
+IGB_HD void softmax(int n, double* values, double total, const Team& team) {
+  double largest = values[0];
+  for (int i = 1; i < n; ++i) largest = fmax(largest, values[i]);
+  team.sync();
+  for (int i = team.lane(); i < n; i += team.width()) values[i] = exp(values[i] - largest);
+  team.sync();
+  double sum = 0.0;
+  for (int i = 0; i < n; ++i) sum += values[i];
+  team.sync();
+  for (int i = team.lane(); i < n; i += team.width()) values[i] *= total / sum;
+  team.sync();
+}
+
+}  // namespace igb
