@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import lru_cache
+from math import prod
 
 import torch
 from torch import Tensor
+
+from igb_kernels import ops
 
 Grads = list[Tensor | None]
 
@@ -109,6 +112,14 @@ def gramian(rows: Tensor) -> Tensor:
     """Symmetric to the bit, as `ops.gram` makes it."""
     gram = rows @ rows.T
     return (gram + gram.T) / 2
+
+
+def per_task_of(known: ops.Solver | ops.Rule, tasks: int) -> Tensor | None:
+    """Numbers around 1 for a method or rule that takes some, as its `per_task`."""
+    if known.per_task is None:
+        return None
+    shape = known.per_task(tasks)
+    return torch.linspace(-1, 1, prod(shape), dtype=torch.float64).exp().reshape(shape)
 
 
 # ---- Lists of gradients ------------------------------------------------------------------------------------------

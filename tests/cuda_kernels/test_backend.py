@@ -10,7 +10,7 @@ import torch
 from balancer.models import TASKS, grads_of, make_net
 from balancer.oracle import CASES
 from balancer.test_step import play
-from samplers import LAYOUTS, gradients
+from samplers import LAYOUTS, gradients, per_task_of
 
 import igb_kernels as igb
 from igb_kernels import Status, _native, balancer, ops
@@ -140,7 +140,7 @@ def test_solve_has_the_bits_of_the_cpu(method, tasks):
     gram, losses = rows @ rows.T, torch.linspace(0.1, 2, tasks)
     states = [ops.SOLVERS[method].new_state(tasks, gram.device) for _ in range(2)]
     found, want = (
-        ops.solve(method, gram, losses, state=state, backend=b)
+        ops.solve(method, gram, losses, per_task_of(ops.SOLVERS[method], tasks), state=state, backend=b)
         for state, b in zip(states, ("cuda", "cpu"), strict=True)
     )
     assert torch.equal(found[0], want[0])
@@ -152,7 +152,7 @@ def test_solve_has_the_bits_of_the_cpu(method, tasks):
 @pytest.mark.parametrize("dtype", ops.DTYPES)
 @pytest.mark.parametrize("rule", ops.RULES)
 def test_loss_scales_have_the_bits_of_the_cpu(rule, dtype):
-    losses, per_task = torch.linspace(0.1, 2, 7).to(dtype), torch.linspace(-1, 1, 7).exp()
+    losses, per_task = torch.linspace(0.1, 2, 7).to(dtype), per_task_of(ops.RULES[rule], 7)
     for values in (losses, -losses, losses * torch.nan, torch.stack([losses, losses], 1)[:, 0]):
         found, want = (ops.loss_scales(rule, values, per_task, backend=b) for b in ("cuda", "cpu"))
         assert torch.equal(found[0].nan_to_num(7.0), want[0].nan_to_num(7.0))

@@ -45,10 +45,14 @@ def many_chunks() -> None:
 def small(tasks: int) -> None:
     rows = torch.randn(tasks, 2 * tasks, dtype=torch.float64)
     gram, losses = (rows @ rows.T).cuda(), torch.rand(tasks, device="cuda") + 0.1  # no cuBLAS under the tools
-    for method in ops.SOLVERS:
-        ops.solve(method, gram, losses, backend=BACKEND)
-    for rule in ops.RULES:
-        ops.loss_scales(rule, losses, losses, backend=BACKEND)
+    for method, solver in ops.SOLVERS.items():
+        ops.solve(method, gram, losses, numbers(solver, tasks), backend=BACKEND)
+    for name, rule in ops.RULES.items():
+        ops.loss_scales(name, losses, numbers(rule, tasks), backend=BACKEND)
+
+
+def numbers(known: ops.Solver | ops.Rule, tasks: int) -> Tensor | None:
+    return None if known.per_task is None else torch.ones(known.per_task(tasks), device="cuda")
 
 
 if __name__ == "__main__":

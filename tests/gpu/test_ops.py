@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from oracle import assert_no_worse, assert_sum, expected_gram
-from samplers import WELL_POSED, gradients, gramian, jacobian
+from samplers import WELL_POSED, gradients, gramian, jacobian, per_task_of
 from tolerances import SOLVER, TOLERANCES
 from torch import Tensor
 
@@ -166,8 +166,10 @@ def test_solve(gpu_backend, method, family, tasks):
     rows = jacobian(family, tasks)
     gram, losses = gramian(rows), torch.linspace(0.1, 3, tasks, dtype=torch.float64)
     states = [ops.SOLVERS[method].new_state(tasks, torch.device(d)) for d in ("cuda", "cpu")]
-    found, status = ops.solve(method, gram.cuda(), losses.cuda(), state=states[0], backend=gpu_backend)
-    want, want_status = ops.solve(method, gram, losses, state=states[1], backend="reference")
+    own = per_task_of(ops.SOLVERS[method], tasks)
+    on_gpu = None if own is None else own.cuda()
+    found, status = ops.solve(method, gram.cuda(), losses.cuda(), on_gpu, state=states[0], backend=gpu_backend)
+    want, want_status = ops.solve(method, gram, losses, own, state=states[1], backend="reference")
     assert found.is_cuda
     assert status.is_cuda
     assert int(status) == int(want_status)
@@ -183,7 +185,9 @@ def test_a_non_finite_gramian(gpu_backend, method):
     gram[1, 1] = torch.nan
     state = ops.SOLVERS[method].new_state(3, gram.device)
     before = None if state is None else state.clone()
-    weights, status = ops.solve(method, gram, torch.ones(3, device="cuda"), state=state, backend=gpu_backend)
+    own = per_task_of(ops.SOLVERS[method], 3)
+    on_gpu = None if own is None else own.cuda()
+    weights, status = ops.solve(method, gram, torch.ones(3, device="cuda"), on_gpu, state=state, backend=gpu_backend)
     assert bool(weights.isnan().all())
     assert int(status) == Status.NON_FINITE
     assert before is None or torch.equal(state, before)
@@ -193,9 +197,10 @@ def test_a_non_finite_gramian(gpu_backend, method):
 @pytest.mark.parametrize("dtype", ops.DTYPES)
 @pytest.mark.parametrize("rule", ops.RULES)
 def test_loss_scales(gpu_backend, rule, dtype):
-    losses, per_task = torch.linspace(0.1, 2, 64).to(dtype), torch.linspace(-1, 1, 64).exp()
+    losses, per_task = torch.linspace(0.1, 2, 64).to(dtype), per_task_of(ops.RULES[rule], 64)
+    on_gpu = None if per_task is None else per_task.cuda()
     for values in (losses, -losses, losses * torch.nan):
-        found, status = ops.loss_scales(rule, values.cuda(), per_task.cuda(), backend=gpu_backend)
+        found, status = ops.loss_scales(rule, values.cuda(), on_gpu, backend=gpu_backend)
         want, want_status = ops.loss_scales(rule, values, per_task, backend="cpu")
         torch.testing.assert_close(found.cpu(), want, equal_nan=True)
         assert int(status) == int(want_status)

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 from oracle import assert_sum, expected_gram
-from samplers import LAYOUTS, gradients
+from samplers import LAYOUTS, gradients, per_task_of
 from tolerances import TOLERANCES
 
 from igb_kernels import Status, ops
@@ -284,7 +284,7 @@ def test_solve_is_the_cpus(method):
     solver, results = ops.SOLVERS[method], []
     for backend in ("triton", "auto"):
         state = solver.new_state(4, torch.device("cpu"))
-        weights, status = ops.solve(method, rows @ rows.T, losses, state=state, backend=backend)
+        weights, status = ops.solve(method, rows @ rows.T, losses, per_task_of(solver, 4), state=state, backend=backend)
         results.append((weights, status, torch.zeros(0) if state is None else state))
     for ours, theirs in zip(*results, strict=True):
         assert torch.equal(ours, theirs)
@@ -292,7 +292,7 @@ def test_solve_is_the_cpus(method):
 
 @pytest.mark.parametrize("rule", sorted(ops.RULES))
 def test_loss_scales_are_the_cpus(rule):
-    losses, per_task = torch.tensor([1.0, 2.0]), torch.tensor([0.5, 4.0])
+    losses, per_task = torch.tensor([1.0, 2.0]), per_task_of(ops.RULES[rule], 2)
     ours, theirs = (ops.loss_scales(rule, losses, per_task, backend=backend) for backend in ("triton", "auto"))
     assert torch.equal(ours[0], theirs[0])
     assert torch.equal(ours[1], theirs[1])
