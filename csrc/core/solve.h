@@ -9,11 +9,15 @@
 #include "gramian.h"
 #include "platform.h"
 #include "problem.h"
+#include "solvers/cagrad.h"
 #include "solvers/db_mtl.h"
+#include "solvers/dual_proj.h"
 #include "solvers/emtl.h"
 #include "solvers/equal.h"
 #include "solvers/imtl_g.h"
+#include "solvers/mgda.h"
 #include "solvers/nash_mtl.h"
+#include "solvers/upgrad.h"
 #include "status.h"
 
 namespace igb {
@@ -24,7 +28,11 @@ namespace igb {
   method(db_mtl, DbMtl)     \
   method(emtl, Emtl)        \
   method(imtl_g, ImtlG)     \
-  method(nash_mtl, NashMtl)
+  method(nash_mtl, NashMtl) \
+  method(mgda, Mgda)        \
+  method(dual_proj, DualProj) \
+  method(upgrad, UpGrad)    \
+  method(cagrad, CaGrad)
 
 enum class Method : int {
 #define IGB_ENUMERATOR(name, Solver) name,

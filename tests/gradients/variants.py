@@ -87,7 +87,24 @@ VARIANTS = [
     Variant("imtl_g", {"descent_safe": 1.0}),
     Variant("nash_mtl", {"max_norm": 0.0}),
     Variant("nash_mtl", {"max_norm": 1.0}),
+    Variant("mgda", weightless=False, unique=False),
+    Variant("mgda", {"drop_zero": 1.0}, unique=False),
+    Variant("dual_proj", weightless=False, unique=False),
+    Variant("dual_proj", {"reg_eps": 1e-4}, weightless=False, unique=False),
+    Variant("upgrad", weightless=False, unique=False),
+    Variant("upgrad", {"reg_eps": 1e-4}, weightless=False, unique=False),
+    Variant("cagrad", weightless=False, unique=False),
+    Variant("cagrad", {"c": 0.9, "rescale": 1}, weightless=False, unique=False),
 ]
+
+NO_THRESHOLD = (
+    "db_mtl",
+    "mgda",
+    "dual_proj",
+    "upgrad",
+    "cagrad",
+)
+"""Methods that are sound for every nonzero norm: none vanishes next to the largest."""
 
 KNOWN_ALONE = ("equal", "db_mtl", "emtl", "imtl_g", "nash_mtl")
 """Methods whose weight of a single task test_properties knows; of the others it is finite and positive."""
