@@ -3,7 +3,7 @@
 from igb_kernels import ops
 from igb_kernels.backends import backends
 from igb_kernels.balancer import Balancer
-from igb_kernels.gradients import DBMTL, EMTL, IMTLG, MGDA, CAGrad, DualProj, Equal, NashMTL, UPGrad
+from igb_kernels.gradients import DBMTL, EMTL, IMTLG, Equal, NashMTL
 from igb_kernels.losses import IMTLL, IGBv1, Log
 from igb_kernels.status import Status
 
@@ -14,16 +14,12 @@ __all__ = [
     "EMTL",
     "IMTLG",
     "IMTLL",
-    "MGDA",
     "Balancer",
-    "CAGrad",
-    "DualProj",
     "Equal",
     "IGBv1",
     "Log",
     "NashMTL",
     "Status",
-    "UPGrad",
     "backends",
     "ops",
 ]

@@ -11,7 +11,8 @@ from samplers import FAMILIES, WELL_POSED, gramian, jacobian
 from tolerances import SOLVER
 from variants import Variant, update_distance
 
-from igb_kernels import CAGrad, Status, ops
+from igb_kernels import Status, ops
+from igb_kernels.gradients import CAGrad
 
 STATIONARY = ("opposed", "rank deficient")
 

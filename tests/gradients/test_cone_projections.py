@@ -12,7 +12,8 @@ from samplers import FAMILIES, WELL_POSED, gramian, jacobian
 from tolerances import SOLVER
 from variants import Variant, update_distance
 
-from igb_kernels import Balancer, DualProj, Status, UPGrad, ops
+from igb_kernels import Balancer, Status, ops
+from igb_kernels.gradients import DualProj, UPGrad
 
 DUAL, UP = Variant("dual_proj"), Variant("upgrad")
 both = pytest.mark.parametrize("variant", [DUAL, UP], ids=str)

@@ -12,7 +12,8 @@ from samplers import FAMILIES, WELL_POSED, gramian, jacobian
 from tolerances import SOLVER
 from variants import Variant, update_distance
 
-from igb_kernels import MGDA, Balancer, Status, ops
+from igb_kernels import Balancer, Status, ops
+from igb_kernels.gradients import MGDA
 
 PLAIN, DROPPING = Variant("mgda"), Variant("mgda", {"drop_zero": 1.0})
 STATIONARY = ("opposed", "rank deficient")

@@ -76,7 +76,7 @@ CALLS = {
         "combine_ … grads[1][1] … (3,) … found (4,)",
     ),
     # solve
-    "unknown method": (solve("mgda", GRAM), ValueError, "solve … method … nash_mtl … found 'mgda'"),
+    "unknown method": (solve("unknown", GRAM), ValueError, "solve … method … nash_mtl … found 'unknown'"),
     "norms for a Gramian": (solve("nash_mtl", LOSSES), ValueError, "solve … gram … K×K Gramian … found (2,)"),
     "not square": (solve("emtl", GRAM[:1], LOSSES), ValueError, "solve … gram … squared norms … found (1, 2)"),
     "a scalar": (solve("equal", ONE[0]), ValueError, "solve … gram … K×K … found ()"),
