@@ -1,11 +1,16 @@
 """Gradient balancing: one file per method."""
 
-from igb_kernels.gradients.base import GradientBalancer, Needs
+from igb_kernels.gradients.base import GradientBalancer
 from igb_kernels.gradients.db_mtl import DBMTL
 from igb_kernels.gradients.emtl import EMTL
 from igb_kernels.gradients.equal import Equal
+from igb_kernels.gradients.excess_mtl import ExcessMTL
+from igb_kernels.gradients.grad_drop import GradDrop
 from igb_kernels.gradients.imtl_g import IMTLG
+from igb_kernels.gradients.moco import MoCo
+from igb_kernels.gradients.modo import MoDo
 from igb_kernels.gradients.nash_mtl import NashMTL
+from igb_kernels.gradients.sdm_grad import SDMGrad
 
 METHODS: dict[str, type[GradientBalancer]] = {
     method.name: method
@@ -13,8 +18,13 @@ METHODS: dict[str, type[GradientBalancer]] = {
         Equal,
         DBMTL,
         EMTL,
+        ExcessMTL,
+        GradDrop,
         IMTLG,
+        MoCo,
+        MoDo,
         NashMTL,
+        SDMGrad,
     )
 }
 
@@ -22,9 +32,12 @@ __all__ = [
     "DBMTL",
     "EMTL",
     "IMTLG",
-    "METHODS",
     "Equal",
+    "ExcessMTL",
+    "GradDrop",
     "GradientBalancer",
+    "MoCo",
+    "MoDo",
     "NashMTL",
-    "Needs",
+    "SDMGrad",
 ]

@@ -18,7 +18,6 @@ RULES: dict[str, type[LossBalancer]] = {
 
 __all__ = [
     "IMTLL",
-    "RULES",
     "IGBv1",
     "Log",
     "LossBalancer",

@@ -23,6 +23,8 @@ class Variant:
     """Overrides the card's: q such that the update becomes c^q of itself when all gradients are multiplied by c."""
     per_task: Callable[[int], Tensor] | None = None
     """The method's own numbers for K tasks, where it must have some or they are part of the variant."""
+    inactive_ratio: float | None = 1e-12
+    """A task whose norm is at most this fraction of the largest is reported as without gradient; None: it never is."""
     weightless: bool = True
     """A task without gradient gets weight 0, and changes nothing for the others."""
     symmetric: bool = True
@@ -60,10 +62,8 @@ class Variant:
         return ops.SOLVERS[self.method].needs_gram
 
     @property
-    def scale_degree(self) -> float:
-        degree = METHODS[self.method].card.degree if self.degree is None else self.degree
-        assert degree is not None, f"{self.method}: the card or the variant says how the update scales"
-        return degree
+    def scale_degree(self) -> float | None:
+        return METHODS[self.method].card.degree if self.degree is None else self.degree
 
     @property
     def has_absolute_eps(self) -> bool:
@@ -77,16 +77,24 @@ class Variant:
 
 VARIANTS = [
     Variant("equal", weightless=False),
-    Variant("db_mtl", {"beta": 0.0}),
-    Variant("db_mtl", {"beta": 0.0, "eps": 0.0}, degree=1),
-    Variant("db_mtl", {"beta": 0.9, "sigma": 0.5, "eps": 0.0, "bias_correction": 1.0}, degree=1),
+    Variant("db_mtl", {"beta": 0.0}, inactive_ratio=0.0),
+    Variant("db_mtl", {"beta": 0.0, "eps": 0.0}, degree=1, inactive_ratio=0.0),
+    Variant("db_mtl", {"beta": 0.9, "sigma": 0.5, "eps": 0.0, "bias_correction": 1.0}, degree=1, inactive_ratio=0.0),
     *(Variant("emtl", {"lam": lam}) for lam in (0.0, 0.5, 1.0, 2.0)),
     Variant("emtl", {"lam": 0.5, "scale": 1}),
     Variant("emtl", {"lam": 0.5, "scale": 2}, degree=0),
+    Variant("excess_mtl", {"eta": 1.0}, inactive_ratio=0.0, weightless=False),
+    Variant("excess_mtl", {"eta": 1.0, "raw_first_step": 1.0, "total": 1.0}, inactive_ratio=0.0, weightless=False),
+    Variant("grad_drop", inactive_ratio=0.0, weightless=False),
     Variant("imtl_g"),
     Variant("imtl_g", {"descent_safe": 1.0}),
+    Variant("moco", {"gamma": 1e-3}, weightless=False),
+    Variant("moco", {"gamma": 1e-3, "rho": 0.1, "use_softmax": 1.0}, weightless=False),
+    Variant("modo", {"gamma": 1e-3}, inactive_ratio=None, weightless=False),
     Variant("nash_mtl", {"max_norm": 0.0}),
     Variant("nash_mtl", {"max_norm": 1.0}),
+    # More iterations amplify rounding.
+    Variant("sdm_grad", {"lr": 0.1, "iterations": 3.0}, inactive_ratio=None, weightless=False),
 ]
 
 KNOWN_ALONE = ("equal", "db_mtl", "emtl", "imtl_g", "nash_mtl")

@@ -1,8 +1,9 @@
-// What rules share: limits, and a softmax for a team.
+// What rules share.
 #pragma once
 
 #include "../linalg.h"
 #include "../problem.h"
+#include "../simplex.h"
 #include "../status.h"
 
 namespace igb {
@@ -26,21 +27,6 @@ IGB_HD inline bool any_below(int n, const double* values, double bound) {
   for (int i = 0; i < n; ++i)
     if (values[i] < bound) return true;
   return false;
-}
-
-// values := total softmax(values), where exp cannot overflow.
-template <class Team>
-IGB_HD void softmax(int n, double* values, double total, const Team& team) {
-  double largest = values[0];
-  for (int i = 1; i < n; ++i) largest = fmax(largest, values[i]);
-  team.sync();
-  for (int i = team.lane(); i < n; i += team.width()) values[i] = exp(values[i] - largest);
-  team.sync();
-  double sum = 0.0;
-  for (int i = 0; i < n; ++i) sum += values[i];
-  team.sync();
-  for (int i = team.lane(); i < n; i += team.width()) values[i] *= total / sum;
-  team.sync();
 }
 
 }  // namespace igb

@@ -1,0 +1,61 @@
+"""ExcessMTL: excess risks relative to the first step's move the weights."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from golden import cases
+
+from igb_kernels import ExcessMTL, Status, ops
+
+VARIANTS = {"excess_mtl__libmtl": ExcessMTL(), "excess_mtl__torchjd": ExcessMTL(0.01, parity="torchjd")}
+
+
+def excesses(jacobians):
+    """Of each step, by the definition."""
+    accumulated = torch.zeros_like(jacobians[0])
+    for rows in jacobians:
+        accumulated = accumulated + rows**2
+        yield (rows**2 / (accumulated + 1e-7).sqrt()).sum(dim=1)
+
+
+@pytest.mark.parametrize(("file", "case"), [(f, c.values[0]) for f in VARIANTS for c in cases(f)])
+def test_weights_of_the_originals(file, case, backend):
+    options = VARIANTS[file].options()
+    state = ops.SOLVERS["excess_mtl"].new_state(len(case.steps[0].losses), torch.device("cpu"))
+    for step, excess in zip(case.steps, excesses([s.jacobian for s in case.steps]), strict=True):
+        weights, status = ops.solve("excess_mtl", excess, state=state, backend=backend, **options)
+        if case.trust:
+            step.assert_update(step.jacobian.T @ weights)
+        else:
+            # A task that starts without a gradient makes the original's weights NaN, for good.
+            assert case.tags & {"zero-row", "all-zero"}
+            assert weights.isfinite().all()
+            assert Status(int(status)) & ~(Status.ZERO_GRADIENT | Status.ALL_INACTIVE) == Status(0)
+
+
+def test_weights_far_apart_stay_finite(backend):
+    """They are kept as logarithms: exp(1000) would overflow."""
+    state = ops.SOLVERS["excess_mtl"].new_state(2, torch.device("cpu"))
+    for excess in ([1.0, 1.0], [1000.0, 1.0], [1000.0, 1.0]):
+        weights, _ = ops.solve(
+            "excess_mtl", torch.tensor(excess, dtype=torch.float64), state=state, eta=1.0, backend=backend
+        )
+    assert weights.tolist() == [2.0, 0.0]
+
+
+def test_a_task_that_starts_finished_gets_weights_when_it_has_a_gradient(backend):
+    state = ops.SOLVERS["excess_mtl"].new_state(2, torch.device("cpu"))
+    for excess in ([0.0, 1.0], [1e-8, 1.0]):
+        weights, _ = ops.solve(
+            "excess_mtl", torch.tensor(excess, dtype=torch.float64), state=state, eta=1.0, backend=backend
+        )
+    relative = torch.tensor([1e-8 / 1e-7, 1 / (1 + 1e-7)], dtype=torch.float64)
+    torch.testing.assert_close(weights, 2 * relative.softmax(0))
+
+
+@pytest.mark.parametrize("arguments", [{"eta": -1.0}, {"eta": float("nan")}, {"parity": "libmtl"}])
+def test_bad_arguments(arguments):
+    (name,) = arguments
+    with pytest.raises(ValueError, match=f"{name} must be"):
+        ExcessMTL(**arguments)
