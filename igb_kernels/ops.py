@@ -256,7 +256,8 @@ def _sq_norms(grads: list[Tensor | None], tasks: int, backend: str = "auto") -> 
 
 
 @_define(
-    "ema_(Tensor(a!)[] out, Tensor?[] state, Tensor?[] grads, Tensor decay, int tasks, str backend='auto') -> Tensor"
+    "ema_(Tensor(a!)[] out, Tensor?[] state, Tensor?[] grads, Tensor decay, int tasks, Tensor? scales=None, "
+    "str backend='auto') -> Tensor"
 )
 def _ema_(
     out: list[Tensor],
@@ -264,6 +265,7 @@ def _ema_(
     grads: list[Tensor | None],
     decay: Tensor,
     tasks: int,
+    scales: Tensor | None = None,
     backend: str = "auto",
 ) -> Tensor:
     device = _check_rows("ema_", out, tasks, "out")
@@ -275,9 +277,12 @@ def _ema_(
     _check_like("ema_", "state", state, out, "accumulator")
     if decay.numel() != 1:
         raise ValueError(f"ema_: decay must be one number, found {decay.numel()}")
+    if scales is not None:
+        _check_vector("ema_", "scales", scales, (tasks,))
     run = resolve(backend, device.type)
     out_table = run.Table(out, tasks)
-    norms = run.ema_(out_table, run.Table(state, tasks, out_table), run.Table(grads, tasks, out_table), decay, tasks)
+    old, new = run.Table(state, tasks, out_table), run.Table(grads, tasks, out_table)
+    norms = run.ema_(out_table, old, new, decay, tasks, scales)
     torch.autograd.graph.increment_version(out)
     return norms
 
@@ -377,7 +382,10 @@ def _new_status(device: torch.device) -> Tensor:
 
 _fake("gram", lambda grads, tasks, backend="auto": _float64((tasks, tasks), _device_of(grads)))
 _fake("sq_norms", lambda grads, tasks, backend="auto": _float64((tasks,), _device_of(grads)))
-_fake("ema_", lambda out, state, grads, decay, tasks, backend="auto": _float64((tasks,), _device_of(out)))
+_fake(
+    "ema_",
+    lambda out, state, grads, decay, tasks, scales=None, backend="auto": _float64((tasks,), _device_of(out)),
+)
 _fake("combine_", lambda out, grads, weights, accumulate=False, backend="auto": None)
 _fake(
     "solve",
@@ -441,14 +449,23 @@ def sq_norms(grads: Rows, *, backend: str = "auto") -> Tensor:
     return result
 
 
-def ema_(out: Rows, state: Rows, grads: Rows, decay: float | Tensor, *, backend: str = "auto") -> Tensor:
-    """Writes out = decay · state + (1 − decay) · grads and returns the squared norms of out, in one pass.
+def ema_(
+    out: Rows,
+    state: Rows,
+    grads: Rows,
+    decay: float | Tensor,
+    scales: Tensor | None = None,
+    *,
+    backend: str = "auto",
+) -> Tensor:
+    """Writes out = decay · state + (1 − decay) · scales_k · grads and returns the squared norms of out, in one pass.
 
     Args:
         out: K rows of P tensors, without None; written. Float32 for half and single precision gradients, else float64.
         state: like `out`, and may be `out`; None counts as zeros.
         grads: as in `gram`; None counts as zeros.
         decay: one number. A tensor on another device is copied, which waits.
+        scales: Tensor [K], floating, of factors on the gradients; None stands for ones. As for `decay`.
 
     Returns:
         Tensor [K], float64, on the device of `out`.
@@ -457,7 +474,7 @@ def ema_(out: Rows, state: Rows, grads: Rows, decay: float | Tensor, *, backend:
     flat_state, flat_grads = _flat("ema_", "state", state)[0], _flat("ema_", "grads", grads)[0]
     if not isinstance(decay, Tensor):  # filled in on the device: a copy to it would wait
         decay = torch.full((1,), decay, dtype=torch.float64, device=_device_of(flat_out))
-    result: Tensor = registered.ema_(flat_out, flat_state, flat_grads, decay, tasks, backend)
+    result: Tensor = registered.ema_(flat_out, flat_state, flat_grads, decay, tasks, scales, backend)
     return result
 
 

@@ -55,10 +55,10 @@ void bind_cuda(py::module_ m) {
   m.def("sq_norms", [](const Table& grads, Address norms, Address scratch, Address stream) {
     cuda::sq_norms(grads, pointer<double>(norms), pointer<double>(scratch), stream_of(stream));
   });
-  m.def("ema", [](const Table& out, const Table& state, const Table& grads, Address decay, Address norms,
-                  Address scratch, Address stream) {
-    cuda::ema(out, state, grads, pointer<double>(decay), pointer<double>(norms), pointer<double>(scratch),
-              stream_of(stream));
+  m.def("ema", [](const Table& out, const Table& state, const Table& grads, Address decay, Address scales,
+                  Address norms, Address scratch, Address stream) {
+    cuda::ema(out, state, grads, pointer<double>(decay), pointer<double>(scales), pointer<double>(norms),
+              pointer<double>(scratch), stream_of(stream));
   });
   m.def("combine", [](const Table& out, const Table& grads, Address weights, bool accumulate, Address stream) {
     cuda::combine(out, grads, pointer<double>(weights), accumulate, stream_of(stream));

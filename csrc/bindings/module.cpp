@@ -76,8 +76,9 @@ PYBIND11_MODULE(_C, m) {
   m.def("sq_norms", [](const Table& grads, Address norms, int threads) {
     igb::cpu::sq_norms(grads, pointer<double>(norms), threads);
   }, Unlocked());
-  m.def("ema", [](const Table& out, const Table& state, const Table& grads, double decay, Address norms, int threads) {
-    igb::cpu::ema(out, state, grads, decay, pointer<double>(norms), threads);
+  m.def("ema", [](const Table& out, const Table& state, const Table& grads, double decay, Address scales, Address norms,
+                  int threads) {
+    igb::cpu::ema(out, state, grads, decay, pointer<double>(scales), pointer<double>(norms), threads);
   }, Unlocked());
   m.def("combine", [](const Table& out, const Table& grads, Address weights, bool accumulate, int threads) {
     igb::cpu::combine(out, grads, pointer<double>(weights), accumulate, threads);

@@ -15,11 +15,11 @@ struct ChunkKernels {
   // Sum of squares.
   double (*sq_norm)(DType, const void* row, std::size_t n);
 
-  // out = decay * state + (1 - decay) * grad; returns the sum of squares of out. state and out have the
-  // accumulator's dtype and may be one; a null state or grad counts as zeros. `past_caches` is for an out that is
-  // too large to be found there again.
-  double (*ema)(DType grad_dtype, void* out, const void* state, const void* grad, std::size_t n, double decay,
-                bool past_caches);
+  // out = keep * state + take * grad; returns the sum of squares of out. state and out have the accumulator's dtype
+  // and may be one; a null state or grad counts as zeros. `past_caches` is for an out that is too large to be found
+  // there again.
+  double (*ema)(DType grad_dtype, void* out, const void* state, const void* grad, std::size_t n, double keep,
+                double take, bool past_caches);
 
   // out (+)= sum_k weights[k] * rows[k]. out may be one of the rows. `scratch` holds n accumulators.
   void (*combine)(DType row_dtype, DType out_dtype, void* out, const void* const* rows, const double* weights,

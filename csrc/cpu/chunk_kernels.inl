@@ -121,10 +121,11 @@ double sq_norm(DType dtype, const void* row, size_t n) {
 }
 
 template <class T, bool HasState, bool HasGrad, bool PastCaches>
-double ema_of(Accumulator<T>* out, const Accumulator<T>* state, const T* grad, size_t n, double decay) {
+double ema_of(Accumulator<T>* out, const Accumulator<T>* state, const T* grad, size_t n, double kept,
+              double taken) {
   using A = Accumulator<T>;
   constexpr int N = kLanes<A>;
-  const Vec<A> keep = broadcast(A(decay)), take = broadcast(A(1 - decay));
+  const Vec<A> keep = broadcast(A(kept)), take = broadcast(A(taken));
   Vec<A> acc[4] = {};
   const auto update = [&](int u, auto&& load_one, auto&& store_one) {
     Vec<A> v = {};
@@ -150,7 +151,7 @@ double ema_of(Accumulator<T>* out, const Accumulator<T>* state, const T* grad, s
   return sum_lanes<A>((acc[0] + acc[1]) + (acc[2] + acc[3]));
 }
 
-double ema(DType grad_dtype, void* out, const void* state, const void* grad, size_t n, double decay,
+double ema(DType grad_dtype, void* out, const void* state, const void* grad, size_t n, double keep, double take,
            bool past_caches) {
   return with_type(grad_dtype, [&](auto tag) {
     using T = Element<decltype(tag)>;
@@ -163,7 +164,7 @@ double ema(DType grad_dtype, void* out, const void* state, const void* grad, siz
       for (size_t at = 0; at < n; at += kPiece) {
         const auto from = [at](auto* p) { return p ? p + at : p; };
         sum += ema_of<T, has_state.value, has_grad.value, past.value>(from(static_cast<A*>(out)), from(cast<A>(state)),
-                                                          from(cast<T>(grad)), n - at < kPiece ? n - at : kPiece, decay);
+                                                          from(cast<T>(grad)), n - at < kPiece ? n - at : kPiece, keep, take);
       }
       if (past) end_streaming();
       return sum;

@@ -172,8 +172,8 @@ void sq_norms(const TensorTable& grads, double* norms, int threads) {
   sums.total(norms);
 }
 
-void ema(const TensorTable& out, const TensorTable& state, const TensorTable& grads, double decay, double* norms,
-         int threads) {
+void ema(const TensorTable& out, const TensorTable& state, const TensorTable& grads, double decay, const double* scales,
+         double* norms, int threads) {
   const Partition partition(out);
   Sums sums(partition.blocks(), out.tasks);
   constexpr std::int64_t kElementsBeyondCaches = 2 << 20;
@@ -182,7 +182,8 @@ void ema(const TensorTable& out, const TensorTable& state, const TensorTable& gr
     for (int k = 0; k < out.tasks; ++k)
       if (void* average = at(out, k, chunk))
         sums.of(block)[k] += chosen->ema(grads.dtype[chunk.param], average, at(state, k, chunk), at(grads, k, chunk),
-                                         std::size_t(chunk.size), decay, past_caches);
+                                         std::size_t(chunk.size), decay, (1 - decay) * (scales ? scales[k] : 1.0),
+                                         past_caches);
   });
   sums.total(norms);
 }

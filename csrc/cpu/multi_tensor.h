@@ -15,10 +15,11 @@ void gram(const TensorTable& grads, double* gram, int threads);
 // norms: K sums of squares.
 void sq_norms(const TensorTable& grads, double* norms, int threads);
 
-// out = decay * state + (1 - decay) * grads, where out has an entry, and the K sums of squares of out, in one pass. out
-// and state hold accumulators of the grads' dtypes; missing entries of state and grads count as zeros.
-void ema(const TensorTable& out, const TensorTable& state, const TensorTable& grads, double decay, double* norms,
-         int threads);
+// out = decay * state + (1 - decay) * scales[k] * grads, where out has an entry, and the K sums of squares of out, in one
+// pass. out and state hold accumulators of the grads' dtypes; missing entries of state and grads count as zeros. Null
+// scales are ones.
+void ema(const TensorTable& out, const TensorTable& state, const TensorTable& grads, double decay, const double* scales,
+         double* norms, int threads);
 
 // out (+)= sum_k weights[k] * grads[k]. out has one row and no missing entries.
 void combine(const TensorTable& out, const TensorTable& grads, const double* weights, bool accumulate, int threads);

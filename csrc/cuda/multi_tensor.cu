@@ -272,7 +272,8 @@ __global__ void __launch_bounds__(kThreads, 4) norm_partial(const View table, DT
 // Grid: (blocks, tasks). A null state or grad counts as zeros.
 template <class T>
 __global__ void __launch_bounds__(kThreads, 4)
-    ema_partial(const View out, const View state, const View grads, DType dtype, const double* decay, double* partials) {
+    ema_partial(const View out, const View state, const View grads, DType dtype, const double* decay,
+                const double* scales, double* partials) {
   using A = Accumulator<T>;
   constexpr int N = kPack<T>;
   struct Packs {
@@ -280,7 +281,7 @@ __global__ void __launch_bounds__(kThreads, 4)
     Packed<T, N> grad;
   };
   const int task = blockIdx.y;
-  const A keep = A(*decay), take = A(1 - *decay);
+  const A keep = A(*decay), take = A((1 - *decay) * (scales ? scales[task] : 1.0));
   A sum[1] = {};
   for (std::int64_t c = blockIdx.x; c < grads.chunks; c += gridDim.x) {
     const Chunk chunk = chunk_at<T>(grads, dtype, c);
@@ -351,11 +352,11 @@ void sq_norms(const Table& grads, double* norms, double* scratch, Stream stream)
   });
 }
 
-void ema(const Table& out, const Table& state, const Table& grads, const double* decay, double* norms, double* scratch,
-         Stream stream) {
+void ema(const Table& out, const Table& state, const Table& grads, const double* decay, const double* scales,
+         double* norms, double* scratch, Stream stream) {
   norms_by(grads, norms, scratch, stream, [&](DType dtype, auto tag, dim3 grid) {
     IGB_LAUNCH(ema_partial<Element<decltype(tag)>>, grid, kThreads, stream, View(out), View(state), View(grads), dtype,
-               decay, scratch);
+               decay, scales, scratch);
   });
 }
 

@@ -44,8 +44,8 @@ void gram(const Table& grads, double* gram, double* scratch, Stream stream);
 void sq_norms(const Table& grads, double* norms, double* scratch, Stream stream);
 
 // As igb::cpu::ema; decay is one double. out and state have the layout of grads.
-void ema(const Table& out, const Table& state, const Table& grads, const double* decay, double* norms, double* scratch,
-         Stream stream);
+void ema(const Table& out, const Table& state, const Table& grads, const double* decay, const double* scales,
+         double* norms, double* scratch, Stream stream);
 
 // out (+)= sum_k weights[k] * grads[k]; out has one row and no missing entries, and may be one of the rows.
 void combine(const Table& out, const Table& grads, const double* weights, bool accumulate, Stream stream);

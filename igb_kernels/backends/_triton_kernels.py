@@ -213,7 +213,7 @@ def sq_norms(
 
 @triton.jit
 def _average(
-    out, old, new, b, first, length,
+    out, old, new, keep, take, first, length,
     DTYPE: tl.constexpr, ACC: tl.constexpr, BLOCK: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     sums = tl.zeros([BLOCK], dtype=ACC)
@@ -221,7 +221,7 @@ def _average(
         offsets = first + start + tl.arange(0, BLOCK)
         state = _load(old, offsets, first + length, ACC, WIDE)
         grad = _load(new, offsets, first + length, DTYPE, WIDE).to(ACC)
-        average = b.to(ACC) * state + (1 - b).to(ACC) * grad
+        average = keep.to(ACC) * state + take.to(ACC) * grad
         _store(out, offsets, first + length, average, ACC, WIDE)
         # Elements past the end are 0 here, too.
         sums += average * average
@@ -230,20 +230,23 @@ def _average(
 
 @triton.jit(do_not_specialize=["params", "before", "total"])
 def ema(
-    out_addresses, state_addresses, grad_addresses, chunks, partials, decay, params, before, total,
+    out_addresses, state_addresses, grad_addresses, chunks, partials, decay, scales, params, before, total,
     DTYPE: tl.constexpr, ACC: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
-    """out = decay · state + (1 - decay) · grads and its squared norm, for the row that grid axis 1 chooses."""
+    """out = decay · state + (1 - decay) · scales_k · grads and its squared norm; grid axis 1 chooses k."""
     column, first, length = _chunk(chunks)
     k = tl.program_id(1).to(tl.int64)
     entry = k * params + column
     out, old, new = tl.load(out_addresses + entry), tl.load(state_addresses + entry), tl.load(grad_addresses + entry)
-    b = tl.load(decay)
+    keep = tl.load(decay)
+    take = 1 - keep
+    if scales is not None:
+        take *= tl.load(scales + k)
     length = tl.where(out != 0, length, 0)  # nothing to do without a tensor to write to
     if (length == CHUNK) & ((out | old | new) % 16 == 0):
-        total_of_chunk = _average(out, old, new, b, first, length, DTYPE, ACC, BLOCK, True)
+        total_of_chunk = _average(out, old, new, keep, take, first, length, DTYPE, ACC, BLOCK, True)
     else:
-        total_of_chunk = _average(out, old, new, b, first, length, DTYPE, ACC, BLOCK, False)
+        total_of_chunk = _average(out, old, new, keep, take, first, length, DTYPE, ACC, BLOCK, False)
     tl.store(partials + k * total + before + tl.program_id(0), total_of_chunk.to(tl.float64))
 
 

@@ -42,9 +42,12 @@ def sq_norms(grads: Table, tasks: int) -> Tensor:
     return out
 
 
-def ema_(out: Table, state: Table, grads: Table, decay: Tensor, tasks: int) -> Tensor:
-    norms = torch.empty(tasks, dtype=torch.float64)
-    _C.ema(out.native, state.native, grads.native, decay.item(), norms.data_ptr(), torch.get_num_threads())
+def ema_(out: Table, state: Table, grads: Table, decay: Tensor, tasks: int, scales: Tensor | None = None) -> Tensor:
+    norms, scales = torch.empty(tasks, dtype=torch.float64), _optional_doubles(scales)
+    _C.ema(
+        out.native, state.native, grads.native, decay.item(), _address(scales), norms.data_ptr(),
+        torch.get_num_threads(),
+    )  # fmt: skip
     out.write_back()
     return norms
 

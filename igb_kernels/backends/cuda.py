@@ -86,14 +86,14 @@ def sq_norms(grads: Table, tasks: int) -> Tensor:
     return out
 
 
-def ema_(out: Table, state: Table, grads: Table, decay: Tensor, tasks: int) -> Tensor:
+def ema_(out: Table, state: Table, grads: Table, decay: Tensor, tasks: int, scales: Tensor | None = None) -> Tensor:
     with _on(out.device):
-        decay = _as_doubles(decay, out.device)
+        decay, scales = _as_doubles(decay, out.device), _optional_doubles(scales, out.device)
         norms = _doubles(out.device, tasks)
         scratch = _doubles(out.device, native.norm_scratch(out.native))
         native.ema(
-            out.native, state.native, grads.native, decay.data_ptr(), norms.data_ptr(), scratch.data_ptr(),
-            _stream(out.device),
+            out.native, state.native, grads.native, decay.data_ptr(), _address(scales), norms.data_ptr(),
+            scratch.data_ptr(), _stream(out.device),
         )  # fmt: skip
         out.write_back()
     return norms

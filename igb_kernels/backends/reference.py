@@ -103,13 +103,15 @@ def sq_norms(grads: Table, tasks: int) -> Tensor:
     return grads.matrix().square().sum(dim=1)
 
 
-def ema_(out: Table, state: Table, grads: Table, decay: Tensor, tasks: int) -> Tensor:
-    b = decay.double().reshape(())
-    for o, s, g in zip(out.tensors, state.tensors, grads.tensors, strict=True):
+def ema_(out: Table, state: Table, grads: Table, decay: Tensor, tasks: int, scales: Tensor | None = None) -> Tensor:
+    b, params = decay.double().reshape(()), len(out.tensors) // tasks
+    take = (1 - b).expand(tasks) if scales is None else (1 - b) * scales.double().to(b.device)
+    for i, (o, s, g) in enumerate(zip(out.tensors, state.tensors, grads.tensors, strict=True)):
         if o is not None:
-            old = torch.zeros_like(o, dtype=torch.float64) if s is None else s.double()
-            new = torch.zeros_like(o, dtype=torch.float64) if g is None else g.double()
-            o.copy_(b * old + (1 - b) * new)
+            average = torch.zeros_like(o, dtype=torch.float64) if s is None else b * s.double()
+            if g is not None:
+                average += take[i // params] * g.double()
+            o.copy_(average)
     return sq_norms(out, tasks)
 
 

@@ -125,15 +125,16 @@ def sq_norms(grads: Table, tasks: int) -> Tensor:
         return _sums(partials, torch.empty(tasks, dtype=torch.float64, device=device))
 
 
-def ema_(out: Table, state: Table, grads: Table, decay: Tensor, tasks: int) -> Tensor:
+def ema_(out: Table, state: Table, grads: Table, decay: Tensor, tasks: int, scales: Tensor | None = None) -> Tensor:
     launches, device = grads.launches(out), out.device
     partials = _partials(launches, tasks, device)
     decay = decay.to(device, torch.float64)
+    scales = None if scales is None else scales.to(device, torch.float64).contiguous()
     with _on(device):
         for launch in launches:
             _triton_kernels.ema[launch.programs, tasks](
-                out.on(device), state.on(device), grads.on(device), launch.chunks, partials, decay, out.params,
-                launch.before, partials.shape[1],
+                out.on(device), state.on(device), grads.on(device), launch.chunks, partials, decay, scales,
+                out.params, launch.before, partials.shape[1],
                 BLOCK=LANES * launch.vector, CHUNK=CHUNK, **launch.dtypes(), **OPTIONS,
             )  # fmt: skip
         out.write_back()

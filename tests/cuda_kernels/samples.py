@@ -73,11 +73,19 @@ class Kernels:
         self.native.sq_norms(table, out.data_ptr(), scratch.data_ptr(), 0)
         return out
 
-    def ema(self, out: Sequence[Row], state: Sequence[Row], grads: Sequence[Row], decay: float) -> Tensor:
+    def ema(
+        self,
+        out: Sequence[Row],
+        state: Sequence[Row],
+        grads: Sequence[Row],
+        decay: float,
+        scales: Tensor | None = None,
+    ) -> Tensor:
         tables = [self.table(rows, like=out) for rows in (out, state, grads)]
         norms, scratch = self._doubles(len(grads)), self._doubles(self.native.norm_scratch(tables[2]))
         number = torch.tensor([decay], dtype=torch.float64)
-        self.native.ema(*tables, number.data_ptr(), norms.data_ptr(), scratch.data_ptr(), 0)
+        factors = 0 if scales is None else scales.data_ptr()
+        self.native.ema(*tables, number.data_ptr(), factors, norms.data_ptr(), scratch.data_ptr(), 0)
         return norms
 
     def combine(self, out: Row, rows: Sequence[Row], weights: Tensor, accumulate: bool) -> None:

@@ -97,13 +97,14 @@ def test_combine(dtype, accumulate, tasks):
 
 
 @pytest.mark.parametrize("decay", [0.0, 0.9, torch.tensor([0.9], dtype=torch.float64)])
+@pytest.mark.parametrize("scales", [None, torch.tensor([-1.0, 0.5, 2.0])])
 @pytest.mark.parametrize("dtype", ops.DTYPES)
-def test_ema(dtype, decay):
+def test_ema(dtype, scales, decay):
     wide = ops.accumulator_dtype(dtype)
     rows = gradients(3, SHAPES, dtype, missing=some_missing)
     state = gradients(3, SHAPES, wide, seed=1, missing=lambda k, p: k == p)
     found, want = (gradients(3, SHAPES, wide, seed=2) for _ in range(2))
-    norms = [ops.ema_(out, state, rows, decay, backend=b) for out, b in ((found, "cuda"), (want, "reference"))]
+    norms = [ops.ema_(o, state, rows, decay, scales, backend=b) for o, b in ((found, "cuda"), (want, "reference"))]
     torch.testing.assert_close(norms[0], norms[1], rtol=TOLERANCE[dtype], atol=0)
     for a, b in zip(found, want, strict=True):
         torch.testing.assert_close(flat(a), flat(b), rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])

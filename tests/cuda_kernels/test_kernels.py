@@ -99,6 +99,11 @@ def test_ema(emulated, kernels, guarded, dtype, tasks):
     in_place = kernels.ema(state[-1:], state[-1:], rows[-1:], decay)
     torch.testing.assert_close(in_place, norms[-1:], rtol=1e-6, atol=0)
     assert torch.equal(flat(state[-1], out[0]), new[-1])
+    scales = torch.linspace(-1, 2, tasks, dtype=torch.float64)
+    norms = kernels.ema(out, [[None] * len(SIZES)] * tasks, rows, decay, scales)
+    new = torch.stack([flat(row, row) for row in out])
+    torch.testing.assert_close(new, (1 - decay) * scales[:, None] * values, rtol=0, atol=8 * epsilon(wide))
+    torch.testing.assert_close(norms, new.square().sum(dim=1), rtol=100 * epsilon(wide), atol=0)
 
 
 def test_missing_averages_are_skipped(kernels, guarded):

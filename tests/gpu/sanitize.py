@@ -27,7 +27,8 @@ def stream(dtype: torch.dtype, tasks: int, offset: int) -> None:
     weights = torch.randn(tasks, device="cuda")
     ops.gram(grads, backend=BACKEND)
     ops.sq_norms(grads, backend=BACKEND)
-    ops.ema_(out, state, grads, 0.9, backend=BACKEND)
+    for scales in (None, weights):
+        ops.ema_(out, state, grads, 0.9, scales, backend=BACKEND)
     for accumulate in (False, True):
         ops.combine_(row(dtype, offset), grads, weights, accumulate=accumulate, backend=BACKEND)
     for status in (0, 1):

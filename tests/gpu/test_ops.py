@@ -149,6 +149,17 @@ def test_ema(gpu_backend, dtype, on_device, tasks):
     expected_gram([[t.cpu() for t in row] for row in out]).check(norms.cpu())
 
 
+def test_ema_with_scales(gpu_backend):
+    rows, scales = gradients(3, SIZES, torch.float32), [0.5, -1.0, 3.0]
+    out = [poisoned([t.cuda() for t in row]) for row in rows]
+    given = torch.tensor(scales, dtype=torch.float64, device="cuda")
+    norms = ops.ema_(out, [[None] * len(SIZES)] * 3, on_gpu(rows), 0.75, given, backend=gpu_backend)
+    for k in range(3):
+        for p, found in enumerate(out[k]):
+            assert_sum(found.cpu(), [(0.25 * scales[k], rows[k][p])], torch.float32, (k, p))
+    expected_gram([[t.cpu() for t in row] for row in out]).check(norms.cpu())
+
+
 @pytest.mark.parametrize("status", [0, int(Status.ZERO_GRADIENT), int(Status.NON_FINITE | Status.ZERO_GRADIENT)])
 def test_rollback(gpu_backend, status):
     out, kept = (on_gpu(gradients(1, SIZES, torch.float32, seed=seed))[0] for seed in (0, 1))

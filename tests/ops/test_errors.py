@@ -16,8 +16,8 @@ ONE = torch.ones(1)
 WRITTEN = (F32, F64, BF16, INT, LONGER, STATE)
 
 
-def ema(out=F32, state=None, grads=F32, decay=0.5):
-    return lambda: ops.ema_([[out]], [[state]], [[grads]], decay)
+def ema(out=F32, state=None, grads=F32, decay=0.5, scales=None):
+    return lambda: ops.ema_([[out]], [[state]], [[grads]], decay, scales)
 
 
 def combine(out, rows, weights=None):
@@ -55,6 +55,8 @@ CALLS = {
     "dtype of state": (ema(state=F64), ValueError, "ema_ … state[0] … float32 … found … float64"),
     "shape of state": (ema(state=LONGER), ValueError, "ema_ … state[0] … (3,) … found (4,)"),
     "two decays": (ema(decay=torch.ones(2)), ValueError, "ema_ … decay … one number … found 2"),
+    "two scales": (ema(scales=torch.ones(2)), ValueError, "ema_ … scales … (1,) … found (2,)"),
+    "whole scales": (ema(scales=ONE.int()), TypeError, "ema_ … scales … floating … found torch.int32"),
     "None in out": (ema(out=None), (TypeError, ValueError, RuntimeError), "ema_ … out … None"),
     # combine_
     "more outputs": (combine([F32, F32], [[F32]]), ValueError, "combine_ … out … 1 tensors … found 2"),

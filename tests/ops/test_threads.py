@@ -27,7 +27,7 @@ def results(sizes, dtype, tasks):
     wide = accumulator_dtype(dtype)
     (out,) = gradients(1, sizes, dtype, seed=1)
     average, state = gradients(tasks, sizes, wide, seed=2), gradients(tasks, sizes, wide, seed=3)
-    measured = [ops.gram(rows), ops.sq_norms(rows), ops.ema_(average, state, rows, 0.9)]
+    measured = [ops.gram(rows), ops.sq_norms(rows), ops.ema_(average, state, rows, 0.9, torch.linspace(-1, 2, tasks))]
     ops.combine_(out, rows, torch.linspace(-1, 2, tasks), accumulate=True)
     written = [torch.cat([t.flatten() for t in row]) for row in [out, *average]]
     return [t.view(torch.uint8) for t in [*measured, *written]]

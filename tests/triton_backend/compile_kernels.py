@@ -24,7 +24,7 @@ from igb_kernels.backends.triton import CHUNK, FEW_TASKS, LANES, OPTIONS, ROWS_A
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 
 COUNTS = ("params", "before", "total", "tasks")
-DOUBLES = ("partials", "out", "weights", "decay")
+DOUBLES = ("partials", "out", "weights", "decay", "scales")
 VECTORS = {tl.float32: 4, tl.float64: 2, tl.bfloat16: 8, tl.float16: 8}
 
 Variant = tuple[triton.JITFunction, dict[str, object], int]
@@ -43,7 +43,8 @@ def variants() -> Iterator[Variant]:
             tile, block = tile_for(tasks, dtype)
             yield kernels.gram_of_many, {**dtypes, "TILE": tile, "BLOCK": block, "ONE_TILE": tasks <= tile}, 1
         yield kernels.sq_norms, {**dtypes, "BLOCK": LANES * vector}, 1
-        yield kernels.ema, {**dtypes, "BLOCK": LANES * vector}, 2
+        for scales in ({"scales": None}, {}):
+            yield kernels.ema, {**dtypes, **scales, "BLOCK": LANES * vector}, 2
         yield from combinations(dtype, dtype, acc, vector)
     yield from combinations(tl.float32, tl.bfloat16, tl.float32, VECTORS[tl.float32])
     yield from combinations(tl.bfloat16, tl.float32, tl.float32, VECTORS[tl.bfloat16])

@@ -219,12 +219,13 @@ def test_a_non_finite_gradient_stays_where_it_is():
 # ---- Moving averages ---------------------------------------------------------------------------------------------
 
 
-def check_ema(out, state, grads, decay, dtypes):
+def check_ema(out, state, grads, decay, dtypes, scales=None):
     old = [[None if t is None else t.clone() for t in row] for row in state]
-    norms = ops.ema_(out, state, grads, torch.tensor([decay], dtype=torch.float64), backend="triton")
-    for out_row, old_row, row in zip(out, old, grads, strict=True):
+    norms = ops.ema_(out, state, grads, torch.tensor([decay], dtype=torch.float64), scales, backend="triton")
+    factors = [1.0] * len(out) if scales is None else scales.tolist()
+    for out_row, old_row, row, factor in zip(out, old, grads, factors, strict=True):
         for p, (o, s, g) in enumerate(zip(out_row, old_row, row, strict=True)):
-            assert_sum(o, [(decay, s), (1 - decay, g)], dtypes[p], f"column {p}")
+            assert_sum(o, [(decay, s), ((1 - decay) * factor, g)], dtypes[p], f"column {p}")
     expected_gram(out).check(norms, "norms")
 
 
@@ -251,6 +252,7 @@ def test_ema_in_place_without_state_and_in_mixed_dtypes():
     state = gradients(2, sizes, [accumulator_dtype(d) for d in dtypes], seed=1)
     check_ema(state, state, grads, 0.25, dtypes)
     check_ema(averages(2, sizes, dtypes), [[None] * 3] * 2, grads, 0.25, dtypes)
+    check_ema(averages(2, sizes, dtypes), state, grads, 0.25, dtypes, torch.tensor([-2.0, 0.3]))
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
