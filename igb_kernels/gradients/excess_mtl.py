@@ -12,24 +12,19 @@ from igb_kernels.gradients._reference import measure
 from igb_kernels.gradients.base import GradientBalancer, Needs, check_number
 from igb_kernels.status import Status
 
-STEP, FIRST_VALUE = range(2)
-"""Layout of the state: then the first step's excess risks, then the logarithms of the weights."""
-
-SMALLEST_BASELINE = 1e-7
-
 
 class ExcessMTL(GradientBalancer):
     """Weights that grow with each task's excess risk (He et al., ICML 2024).
 
     With H_k the elementwise sum of squared gradients so far, e_k = Σ g_k² / √(H_k + 1e-7) estimates the excess risk;
-    w_k ← w_k exp(eta e_k / e_k(0)), rescaled to sum to K. e_k(0) is that of the first step, which leaves the weights
-    equal. Label noise inflates a loss, but not its excess risk.
+    w_k ← w_k exp(eta e_k / e_k(0)), rescaled to sum to K. e_k(0) is the task's first one that is not 0, in general the
+    first step's; it leaves the weight as it is. Label noise inflates a loss, but not its excess risk.
 
     The step holds K gradients and two sets of K accumulated squares (float32, or float64 for float64 gradients).
 
     Args:
         eta: step size of the weights.
-        parity: "torchjd": the weights sum to 1, and the first step already moves them, by the raw e_k.
+        parity: "torchjd": the weights sum to 1, and the first step already moves them, by e_k itself.
     """
 
     name = "excess_mtl"
@@ -52,8 +47,7 @@ class ExcessMTL(GradientBalancer):
         self.parity = parity
 
     def options(self) -> dict[str, float]:
-        as_torchjd = float(self.parity == "torchjd")
-        return {"eta": self.eta, "raw_first_step": as_torchjd, "total": as_torchjd}
+        return {"eta": self.eta, "as_torchjd": float(self.parity == "torchjd")}
 
     def needs(self) -> Needs:
         return Needs.EXCESS
@@ -61,19 +55,17 @@ class ExcessMTL(GradientBalancer):
 
 @ops.register_solver(
     "excess_mtl",
-    options={"eta": 0.01, "raw_first_step": 0.0, "total": 0.0},
-    initial_state=lambda tasks, options: [0.0] * (1 + 2 * tasks),
+    options={"eta": 0.01, "as_torchjd": 0.0},
+    initial_state=lambda tasks, options: [0.0] * (2 * tasks),
 )
 def _reference(problem: Problem) -> tuple[Tensor, Status]:
     excess, options, state = problem.gram, problem.options, problem.state
     assert state is not None  # checked by the op
     excess = excess.diagonal() if excess.dim() == 2 else excess
-    baseline, log_weights = state[FIRST_VALUE:].chunk(2)
-    if state[STEP] == 0:
-        baseline = excess
-        log_weights = log_weights + options["eta"] * options["raw_first_step"] * excess
-    else:
-        log_weights = log_weights + options["eta"] * excess / (baseline + SMALLEST_BASELINE)
-    weights = log_weights.softmax(0) * (1 if options["total"] else len(excess))
-    state.copy_(torch.cat([state[:1] + 1, baseline, log_weights - log_weights.max()]))
+    baseline, log_weights = state.clone().chunk(2)
+    relative = excess / (baseline + (1e-7 if options["as_torchjd"] else 0.0))
+    relative = torch.where(baseline == 0, excess if options["as_torchjd"] else 0.0, relative)
+    log_weights = log_weights + options["eta"] * relative
+    state.copy_(torch.cat([torch.where(baseline == 0, excess, baseline), log_weights - log_weights.max()]))
+    weights = log_weights.softmax(0) * (1 if options["as_torchjd"] else len(excess))
     return weights, measure(problem.gram, inactive=0.0).status

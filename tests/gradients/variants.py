@@ -84,7 +84,7 @@ VARIANTS = [
     Variant("emtl", {"lam": 0.5, "scale": 1}),
     Variant("emtl", {"lam": 0.5, "scale": 2}, degree=0),
     Variant("excess_mtl", {"eta": 1.0}, inactive_ratio=0.0, weightless=False),
-    Variant("excess_mtl", {"eta": 1.0, "raw_first_step": 1.0, "total": 1.0}, inactive_ratio=0.0, weightless=False),
+    Variant("excess_mtl", {"eta": 1.0, "as_torchjd": 1.0}, inactive_ratio=0.0, weightless=False),
     Variant("grad_drop", inactive_ratio=0.0, weightless=False),
     Variant("imtl_g"),
     Variant("imtl_g", {"descent_safe": 1.0}),

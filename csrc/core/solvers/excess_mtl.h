@@ -1,6 +1,7 @@
 // ExcessMTL (He et al., ICML 2024): multiplicative weights on the tasks' excess risks, estimated as
 // e_k = sum g_k^2 / sqrt(H_k + eps) with H_k the sum of squared gradients so far; they come in the place of squared norms:
-//   w_k <- w_k exp(eta e_k / e_k(0)),  sum of weights as chosen. Logarithms of the weights are kept.
+//   w_k <- w_k exp(eta e_k / e_k(0)),  sum of weights as chosen,
+// where e_k(0) is the task's first excess risk that is not 0, and leaves its weight. Logarithms of the weights are kept.
 #pragma once
 
 #include "../gramian.h"
@@ -9,26 +10,26 @@
 namespace igb {
 
 struct ExcessMtl {
-  enum Option { eta, raw_first_step, total, option_count };
-  // total 0: the weights sum to K, else to 1. raw_first_step: the first step's weights move, too, by e_k itself (torchjd).
-  enum State { step, first_value };  // steps taken; then e(0), then log w: initially all 0
+  enum Option { eta, as_torchjd, option_count };  // torchjd: the weights sum to 1, and the first e_k moves them itself
+  // The state is e(0), then log w, initially all 0.
   static constexpr bool needs_gram = false;
   static constexpr bool needs_losses = false;
   static constexpr double inactive_ratio = 0.0;
   IGB_HD static constexpr int per_task_size(int) { return 0; }
-  IGB_HD static constexpr int state_size(int tasks) { return first_value + 2 * tasks; }
+  IGB_HD static constexpr int state_size(int tasks) { return 2 * tasks; }
   IGB_HD static constexpr int workspace_size(int) { return 0; }
 
   template <class Team>
   IGB_HD static std::int32_t solve(const Problem& problem, const Norms&, double* weights, double*, const Team& team) {
     const int tasks = problem.tasks, stride = problem.full ? tasks + 1 : 1;
     const double* options = problem.options;
-    double *baseline = problem.state + first_value, *log_weights = baseline + tasks;
-    const bool is_first = problem.state[step] == 0.0;
+    double *baseline = problem.state, *log_weights = baseline + tasks;
+    const bool torchjd = options[as_torchjd] != 0.0;
     for (int i = team.lane(); i < tasks; i += team.width()) {
       const double excess = problem.gram[i * stride];
+      const bool is_first = baseline[i] == 0.0;
       if (is_first) baseline[i] = excess;
-      const double relative = is_first ? options[raw_first_step] * excess : excess / (baseline[i] + smallest_baseline);
+      const double relative = is_first ? (torchjd ? excess : 0.0) : excess / (baseline[i] + (torchjd ? 1e-7 : 0.0));
       weights[i] = log_weights[i] + options[eta] * relative;
     }
     team.sync();
@@ -43,15 +44,10 @@ struct ExcessMtl {
     double sum = 0.0;
     for (int i = 0; i < tasks; ++i) sum += weights[i];
     team.sync();
-    const double all = options[total] == 0.0 ? tasks : 1.0;
-    for (int i = team.lane(); i < tasks; i += team.width()) weights[i] *= all / sum;
-    if (team.lane() == 0) problem.state[step] += 1.0;
+    for (int i = team.lane(); i < tasks; i += team.width()) weights[i] *= (torchjd ? 1.0 : tasks) / sum;
     team.sync();
     return 0;
   }
-
- private:
-  static constexpr double smallest_baseline = 1e-7;  // a task that starts without a gradient
 };
 
 }  // namespace igb
