@@ -277,6 +277,7 @@ class Balancer:
                 heads.add_back()
         else:
             self._weighted_pass(tasks, scales, weights, retain_graph)
+            status = status | (~self._sq_norm_of_sum().isfinite().reshape(())).int()  # the bit NON_FINITE
             shared.add_back()
             heads.add_back()
         return weights, status, None
@@ -295,13 +296,16 @@ class Balancer:
     ) -> tuple[Tensor, Tensor, None]:
         """One pass for all tasks, with weights 1; the gradients stay where autograd puts them."""
         joint_pass(tasks, scales, retain_graph)
-        total = [p.grad if p.grad is not None and p.grad.layout is torch.strided else None for p in self.shared]
-        sq_norm = self._run.sq_norms(self._run.Table(total, 1), 1)
-        _, status = self.gradients.solve(sq_norm, tasks.values, scales, self._run)
+        _, status = self.gradients.solve(self._sq_norm_of_sum(), tasks.values, scales, self._run)
         shared.add_back()
         heads.add_back()
         # Of the sum of the gradients it is only known whether it is finite.
         return torch.ones_like(scales, dtype=torch.float64), status & int(Status.NON_FINITE), None
+
+    def _sq_norm_of_sum(self) -> Tensor:
+        """Of what a joint pass left in `.grad` of the shared parameters, [1]."""
+        total = [p.grad if p.grad is not None and p.grad.layout is torch.strided else None for p in self.shared]
+        return self._run.sq_norms(self._run.Table(total, 1), 1)
 
     def _held_pass(
         self, tasks: TaskLosses, scales: Tensor, retain_graph: bool, shared: GradsSetAside, heads: GradsSetAside
