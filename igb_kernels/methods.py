@@ -38,8 +38,8 @@ def table() -> str:
         _rows(RULES.values()),
         "## Combinations without effect\n",
         f"The update of {no_effect} keeps its direction when each gradient is multiplied by its own positive\n"
-        "number (with moving averages: by one that stays the same over the steps). A loss scale in front of them acts on\n"
-        "task-specific parameters alone.\n",
+        "number (with moving averages: by one that stays the same over the steps). A loss scale in front of them acts\n"
+        "on task-specific parameters alone.\n",
     ]
     return "\n".join(parts)
 
