@@ -37,6 +37,13 @@ def ema_norms(state: Tensor, rows: list[list[Tensor]], decay: float) -> tuple[Te
     return state, state.norm(dim=-1)
 
 
+def accumulate_squares(state: Tensor, rows: list[list[Tensor]], eps: float) -> tuple[Tensor, Tensor]:
+    """ExcessMTL's sums of squared gradients and the excess risks, as LibMTL forms them."""
+    jacobian = flatten(rows)
+    state = state + jacobian**2
+    return state, (jacobian * (1 / (state + eps).sqrt()) * jacobian).sum(dim=-1)
+
+
 def step(losses: list[Tensor], shared: list[Tensor], weights_of: object) -> None:
     """A balanced step by flattening; `weights_of` maps the Gramian to weights."""
     rows = []

@@ -5,6 +5,7 @@ Each is a `torch.library` op in the namespace `igb_kernels` (so it can be traced
 
 - `gram`, `sq_norms`: K×P gradients to their Gramian or squared norms, in one read of the gradients,
 - `ema_`: moving averages of gradients and their squared norms, in one pass,
+- `accumulate_squares_`: sums of squared gradients over the steps, as Adagrad's, and what they make of the gradients,
 - `combine_`: the weighted sum of K gradients per parameter,
 - `solve`: a method's weights from the Gramian; `loss_scales`: a rule's scales from the losses.
 
@@ -24,6 +25,7 @@ from igb_kernels.backends import OptionalTensors, reference, resolve
 NAMESPACE = "igb_kernels"
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 MAX_TASKS = 1024
+MIN_EPS = torch.finfo(torch.float32).tiny
 
 Row = Sequence[Tensor | None]
 Shape = Callable[[int], tuple[int, ...]]
@@ -165,6 +167,20 @@ def _check_like(op: str, name: str, tensors: OptionalTensors, like: OptionalTens
             )
 
 
+def _check_update(
+    op: str, out: Sequence[Tensor], state: OptionalTensors, grads: OptionalTensors, tasks: int
+) -> torch.device:
+    """`out` and `state` are accumulators for `grads`; returns the device of `out`."""
+    device = _check_rows(op, out, tasks, "out")
+    _check_rows(op, grads, tasks)
+    for i, t in enumerate(out):
+        if t.dtype is not accumulator_dtype(t.dtype):
+            raise ValueError(f"{op}: out[{i}] must be float32 or float64, found {t.dtype}")
+    _check_like(op, "out", out, grads, "accumulator")
+    _check_like(op, "state", state, out, "accumulator")
+    return device
+
+
 def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype in which sums and moving averages of gradients of `dtype` are kept."""
     return torch.float64 if dtype is torch.float64 else torch.float32
@@ -268,13 +284,7 @@ def _ema_(
     scales: Tensor | None = None,
     backend: str = "auto",
 ) -> Tensor:
-    device = _check_rows("ema_", out, tasks, "out")
-    _check_rows("ema_", grads, tasks)
-    for i, t in enumerate(out):
-        if t.dtype is not accumulator_dtype(t.dtype):
-            raise ValueError(f"ema_: out[{i}] must be float32 or float64, found {t.dtype}")
-    _check_like("ema_", "out", out, grads, "accumulator")
-    _check_like("ema_", "state", state, out, "accumulator")
+    device = _check_update("ema_", out, state, grads, tasks)
     if decay.numel() != 1:
         raise ValueError(f"ema_: decay must be one number, found {decay.numel()}")
     if scales is not None:
@@ -285,6 +295,29 @@ def _ema_(
     norms = run.ema_(out_table, old, new, decay, tasks, scales)
     torch.autograd.graph.increment_version(out)
     return norms
+
+
+@_define(
+    "accumulate_squares_(Tensor(a!)[] out, Tensor?[] state, Tensor?[] grads, float eps, int tasks, str backend='auto')"
+    " -> Tensor"
+)
+def _accumulate_squares_(
+    out: list[Tensor],
+    state: list[Tensor | None],
+    grads: list[Tensor | None],
+    eps: float,
+    tasks: int,
+    backend: str = "auto",
+) -> Tensor:
+    device = _check_update("accumulate_squares_", out, state, grads, tasks)
+    if not eps >= MIN_EPS:
+        raise ValueError(f"accumulate_squares_: eps must be at least {MIN_EPS}, found {eps}")
+    run = resolve(backend, device.type)
+    out_table = run.Table(out, tasks)
+    old, new = run.Table(state, tasks, out_table), run.Table(grads, tasks, out_table)
+    excess = run.accumulate_squares_(out_table, old, new, eps, tasks)
+    torch.autograd.graph.increment_version(out)
+    return excess
 
 
 @_define("combine_(Tensor(a!)[] out, Tensor?[] grads, Tensor weights, bool accumulate=False, str backend='auto') -> ()")
@@ -386,6 +419,10 @@ _fake(
     "ema_",
     lambda out, state, grads, decay, tasks, scales=None, backend="auto": _float64((tasks,), _device_of(out)),
 )
+_fake(
+    "accumulate_squares_",
+    lambda out, state, grads, eps, tasks, backend="auto": _float64((tasks,), _device_of(out)),
+)
 _fake("combine_", lambda out, grads, weights, accumulate=False, backend="auto": None)
 _fake(
     "solve",
@@ -475,6 +512,28 @@ def ema_(
     if not isinstance(decay, Tensor):  # filled in on the device: a copy to it would wait
         decay = torch.full((1,), decay, dtype=torch.float64, device=_device_of(flat_out))
     result: Tensor = registered.ema_(flat_out, flat_state, flat_grads, decay, tasks, scales, backend)
+    return result
+
+
+def accumulate_squares_(out: Rows, state: Rows, grads: Rows, eps: float, *, backend: str = "auto") -> Tensor:
+    """Writes out = state + grads², elementwise, and returns Σ grads² / √(out + eps) for each task, in one pass.
+
+    These are the inner products of the gradients with Adagrad's steps: the excess risks of ExcessMTL (He et al., ICML
+    2024).
+
+    Args:
+        out: K rows of P tensors, without None; written. Float32 for half and single precision gradients, else float64.
+        state: like `out`, and may be `out`; None counts as zeros.
+        grads: as in `gram`; None counts as zeros. In float32, an element beyond 1.8e19 has an infinite square.
+        eps: one number, at least 1.2e-38.
+
+    Returns:
+        Tensor [K], float64, on the device of `out`.
+    """
+    flat_out, tasks = _flat("accumulate_squares_", "out", out)
+    flat_state = _flat("accumulate_squares_", "state", state)[0]
+    flat_grads = _flat("accumulate_squares_", "grads", grads)[0]
+    result: Tensor = registered.accumulate_squares_(flat_out, flat_state, flat_grads, eps, tasks, backend)
     return result
 
 

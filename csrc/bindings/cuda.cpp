@@ -60,6 +60,11 @@ void bind_cuda(py::module_ m) {
     cuda::ema(out, state, grads, pointer<double>(decay), pointer<double>(scales), pointer<double>(norms),
               pointer<double>(scratch), stream_of(stream));
   });
+  m.def("accumulate_squares", [](const Table& out, const Table& state, const Table& grads, double eps, Address excess,
+                                 Address scratch, Address stream) {
+    cuda::accumulate_squares(out, state, grads, eps, pointer<double>(excess), pointer<double>(scratch),
+                             stream_of(stream));
+  });
   m.def("combine", [](const Table& out, const Table& grads, Address weights, bool accumulate, Address stream) {
     cuda::combine(out, grads, pointer<double>(weights), accumulate, stream_of(stream));
   });

@@ -80,6 +80,10 @@ PYBIND11_MODULE(_C, m) {
                   int threads) {
     igb::cpu::ema(out, state, grads, decay, pointer<double>(scales), pointer<double>(norms), threads);
   }, Unlocked());
+  m.def("accumulate_squares", [](const Table& out, const Table& state, const Table& grads, double eps, Address excess,
+                                 int threads) {
+    igb::cpu::accumulate_squares(out, state, grads, eps, pointer<double>(excess), threads);
+  }, Unlocked());
   m.def("combine", [](const Table& out, const Table& grads, Address weights, bool accumulate, int threads) {
     igb::cpu::combine(out, grads, pointer<double>(weights), accumulate, threads);
   }, Unlocked());

@@ -21,6 +21,10 @@ struct ChunkKernels {
   double (*ema)(DType grad_dtype, void* out, const void* state, const void* grad, std::size_t n, double keep,
                 double take, bool past_caches);
 
+  // out = state + grad^2; returns the sum of grad^2 / sqrt(out + eps). All else as for ema.
+  double (*add_squares)(DType grad_dtype, void* out, const void* state, const void* grad, std::size_t n, double eps,
+                        bool past_caches);
+
   // out (+)= sum_k weights[k] * rows[k]. out may be one of the rows. `scratch` holds n accumulators.
   void (*combine)(DType row_dtype, DType out_dtype, void* out, const void* const* rows, const double* weights,
                   int count, std::size_t n, bool accumulate, void* scratch);

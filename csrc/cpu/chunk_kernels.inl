@@ -108,7 +108,7 @@ void gram(DType dtype, const void* const* rows, const int* index, int count, siz
   with_type(dtype, [&](auto tag) { gram_of<Element<decltype(tag)>>(rows, index, count, n, sums, stride); });
 }
 
-// ---- Norms and moving averages ---------------------------------------------------------------------------
+// ---- Norms, moving averages and sums of squares ----------------------------------------------------------
 
 double sq_norm(DType dtype, const void* row, size_t n) {
   return with_type(dtype, [&](auto tag) {
@@ -120,19 +120,32 @@ double sq_norm(DType dtype, const void* row, size_t n) {
   });
 }
 
-template <class T, bool HasState, bool HasGrad, bool PastCaches>
-double ema_of(Accumulator<T>* out, const Accumulator<T>* state, const T* grad, size_t n, double kept,
-              double taken) {
+// What a pass over a row writes, from its state and then with its gradient, and what it sums.
+template <class A> struct Averaging {
+  Vec<A> keep, take;
+  Vec<A> from(Vec<A> state) const { return keep * state; }
+  Vec<A> with(Vec<A> v, Vec<A> grad) const { return v + take * grad; }
+  Vec<A> summand(Vec<A> next, Vec<A>) const { return next * next; }
+};
+
+template <class A> struct AddingSquares {
+  Vec<A> eps;
+  Vec<A> from(Vec<A> state) const { return state; }
+  Vec<A> with(Vec<A> v, Vec<A> grad) const { return v + grad * grad; }
+  Vec<A> summand(Vec<A> next, Vec<A> grad) const { return grad * grad / square_root(next + eps); }
+};
+
+template <class T, bool HasState, bool HasGrad, bool PastCaches, class Rule>
+double update_of(Accumulator<T>* out, const Accumulator<T>* state, const T* grad, size_t n, const Rule& rule) {
   using A = Accumulator<T>;
   constexpr int N = kLanes<A>;
-  const Vec<A> keep = broadcast(A(kept)), take = broadcast(A(taken));
   Vec<A> acc[4] = {};
   const auto update = [&](int u, auto&& load_one, auto&& store_one) {
-    Vec<A> v = {};
-    if constexpr (HasState) v = keep * load_one(state);
-    if constexpr (HasGrad) v += take * load_one(grad);
+    Vec<A> v = {}, given = {};
+    if constexpr (HasState) v = rule.from(load_one(state));
+    if constexpr (HasGrad) v = rule.with(v, given = load_one(grad));
     store_one(out, v);
-    acc[u] += v * v;
+    acc[u] += rule.summand(v, given);
   };
   size_t e = 0;
   const auto whole = [&](int u, size_t at) {
@@ -151,20 +164,24 @@ double ema_of(Accumulator<T>* out, const Accumulator<T>* state, const T* grad, s
   return sum_lanes<A>((acc[0] + acc[1]) + (acc[2] + acc[3]));
 }
 
-double ema(DType grad_dtype, void* out, const void* state, const void* grad, size_t n, double keep, double take,
-           bool past_caches) {
+// A row's update by rule_for(accumulator{}).
+template <class F>
+double update(DType grad_dtype, void* out, const void* state, const void* grad, size_t n, bool past_caches,
+              F&& rule_for) {
   return with_type(grad_dtype, [&](auto tag) {
     using T = Element<decltype(tag)>;
     using A = Accumulator<T>;
     constexpr std::true_type yes{};
     constexpr std::false_type no{};
+    const auto rule = rule_for(A());
     const auto run_with = [&](auto has_state, auto has_grad, auto past) {
       constexpr size_t kPiece = 4 * kRun * kLanes<A>;
       double sum = 0;
       for (size_t at = 0; at < n; at += kPiece) {
         const auto from = [at](auto* p) { return p ? p + at : p; };
-        sum += ema_of<T, has_state.value, has_grad.value, past.value>(from(static_cast<A*>(out)), from(cast<A>(state)),
-                                                          from(cast<T>(grad)), n - at < kPiece ? n - at : kPiece, keep, take);
+        sum += update_of<T, has_state.value, has_grad.value, past.value>(
+            from(static_cast<A*>(out)), from(cast<A>(state)), from(cast<T>(grad)), n - at < kPiece ? n - at : kPiece,
+            rule);
       }
       if (past) end_streaming();
       return sum;
@@ -175,6 +192,22 @@ double ema(DType grad_dtype, void* out, const void* state, const void* grad, siz
                                                     : run_with(has_state, has_grad, no);
     };
     return state ? (grad ? run(yes, yes) : run(yes, no)) : (grad ? run(no, yes) : run(no, no));
+  });
+}
+
+double ema(DType grad_dtype, void* out, const void* state, const void* grad, size_t n, double keep, double take,
+           bool past_caches) {
+  return update(grad_dtype, out, state, grad, n, past_caches, [&](auto zero) {
+    using A = decltype(zero);
+    return Averaging<A>{broadcast(A(keep)), broadcast(A(take))};
+  });
+}
+
+double add_squares(DType grad_dtype, void* out, const void* state, const void* grad, size_t n, double eps,
+                   bool past_caches) {
+  return update(grad_dtype, out, state, grad, n, past_caches, [&](auto zero) {
+    using A = decltype(zero);
+    return AddingSquares<A>{broadcast(A(eps))};
   });
 }
 

@@ -21,6 +21,10 @@ void sq_norms(const TensorTable& grads, double* norms, int threads);
 void ema(const TensorTable& out, const TensorTable& state, const TensorTable& grads, double decay, const double* scales,
          double* norms, int threads);
 
+// out = state + grads^2, and excess[k] = the sum of grads^2 / sqrt(out + eps) over row k, in one pass. All else as for ema.
+void accumulate_squares(const TensorTable& out, const TensorTable& state, const TensorTable& grads, double eps,
+                        double* excess, int threads);
+
 // out (+)= sum_k weights[k] * grads[k]. out has one row and no missing entries.
 void combine(const TensorTable& out, const TensorTable& grads, const double* weights, bool accumulate, int threads);
 

@@ -98,6 +98,22 @@ inline void end_streaming() {
 #endif
 }
 
+#if defined(__AVX512F__)
+inline Vec<float> square_root(Vec<float> v) { return _mm512_sqrt_ps(v); }
+inline Vec<double> square_root(Vec<double> v) { return _mm512_sqrt_pd(v); }
+#elif defined(__AVX2__)
+inline Vec<float> square_root(Vec<float> v) { return _mm256_sqrt_ps(v); }
+inline Vec<double> square_root(Vec<double> v) { return _mm256_sqrt_pd(v); }
+#elif defined(__SSE2__)
+inline Vec<float> square_root(Vec<float> v) { return _mm_sqrt_ps(v); }
+inline Vec<double> square_root(Vec<double> v) { return _mm_sqrt_pd(v); }
+#else
+template <class V> V square_root(V v) {
+  for (size_t i = 0; i < sizeof v / sizeof v[0]; ++i) v[i] = __builtin_sqrt(v[i]);
+  return v;
+}
+#endif
+
 inline void store(float* p, Vec<float> v) { *reinterpret_cast<Lanes<float>::unaligned*>(p) = v; }
 inline void store(double* p, Vec<double> v) { *reinterpret_cast<Lanes<double>::unaligned*>(p) = v; }
 

@@ -238,7 +238,7 @@ void gram(const Table& grads, double* gram, double* scratch, Stream stream) {
   });
 }
 
-// ---- Norms and moving averages ---------------------------------------------------------------------------
+// ---- Norms, moving averages and sums of squares ----------------------------------------------------------
 
 namespace {
 
@@ -269,11 +269,37 @@ __global__ void __launch_bounds__(kThreads, 4) norm_partial(const View table, DT
   block_sums(sum, partials + blockIdx.y * gridDim.x + blockIdx.x);
 }
 
+// What a pass over rows makes of an element of the state and one of the gradient: what it writes, and what it sums.
+template <class A> struct Average {
+  A keep, take;
+  __device__ A next(A state, A grad) const { return keep * state + take * grad; }
+  __device__ A summand(A next, A) const { return next * next; }
+};
+struct Averaging {
+  const double* decay;
+  const double* scales;
+  template <class A> __device__ Average<A> of_row(int task) const {
+    return {A(*decay), A((1 - *decay) * (scales ? scales[task] : 1.0))};
+  }
+};
+
+__device__ inline float inverse_root(float x) { return rsqrtf(x); }
+__device__ inline double inverse_root(double x) { return rsqrt(x); }
+
+template <class A> struct AddSquare {
+  A eps;
+  __device__ A next(A state, A grad) const { return state + grad * grad; }
+  __device__ A summand(A next, A grad) const { return grad * grad * inverse_root(next + eps); }
+};
+struct AddingSquares {
+  double eps;
+  template <class A> __device__ AddSquare<A> of_row(int) const { return {A(eps)}; }
+};
+
 // Grid: (blocks, tasks). A null state or grad counts as zeros.
-template <class T>
+template <class T, class Rule>
 __global__ void __launch_bounds__(kThreads, 4)
-    ema_partial(const View out, const View state, const View grads, DType dtype, const double* decay,
-                const double* scales, double* partials) {
+    update_partial(const View out, const View state, const View grads, DType dtype, const Rule rules, double* partials) {
   using A = Accumulator<T>;
   constexpr int N = kPack<T>;
   struct Packs {
@@ -281,7 +307,7 @@ __global__ void __launch_bounds__(kThreads, 4)
     Packed<T, N> grad;
   };
   const int task = blockIdx.y;
-  const A keep = A(*decay), take = A((1 - *decay) * (scales ? scales[task] : 1.0));
+  const auto rule = rules.template of_row<A>(task);
   A sum[1] = {};
   for (std::int64_t c = blockIdx.x; c < grads.chunks; c += gridDim.x) {
     const Chunk chunk = chunk_at<T>(grads, dtype, c);
@@ -302,16 +328,16 @@ __global__ void __launch_bounds__(kThreads, 4)
           Packed<A, N> result;
 #pragma unroll
           for (int e = 0; e < N; ++e) {
-            const A v = keep * packs.old.get(e) + take * packs.grad.get(e);
+            const A given = packs.grad.get(e), v = rule.next(packs.old.get(e), given);
             result.set(e, v);
-            sum[0] += v * v;
+            sum[0] += rule.summand(v, given);
           }
           result.store(to + i * N);
         });
     for (int i = packs * N + threadIdx.x; i < chunk.size; i += kThreads) {
-      const A v = keep * (old ? old[i] : A(0)) + take * (grad ? widen(grad[i]) : A(0));
+      const A given = grad ? widen(grad[i]) : A(0), v = rule.next(old ? old[i] : A(0), given);
       to[i] = v;
-      sum[0] += v * v;
+      sum[0] += rule.summand(v, given);
     }
   }
   block_sums(sum, partials + blockIdx.y * gridDim.x + blockIdx.x);
@@ -352,12 +378,27 @@ void sq_norms(const Table& grads, double* norms, double* scratch, Stream stream)
   });
 }
 
+namespace {
+
+template <class Rule>
+void update_rows(const Table& out, const Table& state, const Table& grads, const Rule& rule, double* totals,
+                 double* scratch, Stream stream) {
+  norms_by(grads, totals, scratch, stream, [&](DType dtype, auto tag, dim3 grid) {
+    IGB_LAUNCH((update_partial<Element<decltype(tag)>, Rule>), grid, kThreads, stream, View(out), View(state), View(grads),
+               dtype, rule, scratch);
+  });
+}
+
+}  // namespace
+
 void ema(const Table& out, const Table& state, const Table& grads, const double* decay, const double* scales,
          double* norms, double* scratch, Stream stream) {
-  norms_by(grads, norms, scratch, stream, [&](DType dtype, auto tag, dim3 grid) {
-    IGB_LAUNCH(ema_partial<Element<decltype(tag)>>, grid, kThreads, stream, View(out), View(state), View(grads), dtype,
-               decay, scales, scratch);
-  });
+  update_rows(out, state, grads, Averaging{decay, scales}, norms, scratch, stream);
+}
+
+void accumulate_squares(const Table& out, const Table& state, const Table& grads, double eps, double* excess,
+                        double* scratch, Stream stream) {
+  update_rows(out, state, grads, AddingSquares{eps}, excess, scratch, stream);
 }
 
 // ---- Weighted sum ----------------------------------------------------------------------------------------

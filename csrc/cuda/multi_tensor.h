@@ -47,6 +47,10 @@ void sq_norms(const Table& grads, double* norms, double* scratch, Stream stream)
 void ema(const Table& out, const Table& state, const Table& grads, const double* decay, const double* scales,
          double* norms, double* scratch, Stream stream);
 
+// As igb::cpu::accumulate_squares.
+void accumulate_squares(const Table& out, const Table& state, const Table& grads, double eps, double* excess,
+                        double* scratch, Stream stream);
+
 // out (+)= sum_k weights[k] * grads[k]; out has one row and no missing entries, and may be one of the rows.
 void combine(const Table& out, const Table& grads, const double* weights, bool accumulate, Stream stream);
 

@@ -181,7 +181,7 @@ def gram_of_many(
         tl.store(out, sums.to(tl.float64), mask=(j[None, :] <= i[:, None]) & (i < tasks)[:, None])
 
 
-# ---- Squared norms and moving averages ---------------------------------------------------------------------------
+# ---- Squared norms, moving averages and sums of squares ----------------------------------------------------------
 
 
 @triton.jit
@@ -247,6 +247,42 @@ def ema(
         total_of_chunk = _average(out, old, new, keep, take, first, length, DTYPE, ACC, BLOCK, True)
     else:
         total_of_chunk = _average(out, old, new, keep, take, first, length, DTYPE, ACC, BLOCK, False)
+    tl.store(partials + k * total + before + tl.program_id(0), total_of_chunk.to(tl.float64))
+
+
+@triton.jit
+def _add_squares(
+    out, old, new, eps, first, length,
+    DTYPE: tl.constexpr, ACC: tl.constexpr, BLOCK: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    sums = tl.zeros([BLOCK], dtype=ACC)
+    for start in range(0, length, BLOCK):
+        offsets = first + start + tl.arange(0, BLOCK)
+        grad = _load(new, offsets, first + length, DTYPE, WIDE).to(ACC)
+        squares = grad * grad
+        total = _load(old, offsets, first + length, ACC, WIDE) + squares
+        _store(out, offsets, first + length, total, ACC, WIDE)
+        # Elements past the end are 0 here, too.
+        sums += squares * tl.rsqrt(total + eps.to(ACC))
+    return tl.sum(sums, axis=0)
+
+
+@triton.jit(do_not_specialize=["params", "before", "total"])
+def accumulate_squares(
+    out_addresses, state_addresses, grad_addresses, chunks, partials, eps, params, before, total,
+    DTYPE: tl.constexpr, ACC: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr,
+):  # fmt: skip
+    """out = state + grads² and Σ grads² / √(out + eps), for the row that grid axis 1 chooses."""
+    column, first, length = _chunk(chunks)
+    k = tl.program_id(1).to(tl.int64)
+    entry = k * params + column
+    out, old, new = tl.load(out_addresses + entry), tl.load(state_addresses + entry), tl.load(grad_addresses + entry)
+    e = tl.load(eps)
+    length = tl.where(out != 0, length, 0)
+    if (length == CHUNK) & ((out | old | new) % 16 == 0):
+        total_of_chunk = _add_squares(out, old, new, e, first, length, DTYPE, ACC, BLOCK, True)
+    else:
+        total_of_chunk = _add_squares(out, old, new, e, first, length, DTYPE, ACC, BLOCK, False)
     tl.store(partials + k * total + before + tl.program_id(0), total_of_chunk.to(tl.float64))
 
 

@@ -52,6 +52,13 @@ def ema_(out: Table, state: Table, grads: Table, decay: Tensor, tasks: int, scal
     return norms
 
 
+def accumulate_squares_(out: Table, state: Table, grads: Table, eps: float, tasks: int) -> Tensor:
+    excess = torch.empty(tasks, dtype=torch.float64)
+    _C.accumulate_squares(out.native, state.native, grads.native, eps, excess.data_ptr(), torch.get_num_threads())
+    out.write_back()
+    return excess
+
+
 def combine_(out: Table, grads: Table, weights: Tensor, accumulate: bool) -> None:
     weights = _doubles(weights)
     _C.combine(out.native, grads.native, weights.data_ptr(), accumulate, torch.get_num_threads())

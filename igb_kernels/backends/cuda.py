@@ -99,6 +99,17 @@ def ema_(out: Table, state: Table, grads: Table, decay: Tensor, tasks: int, scal
     return norms
 
 
+def accumulate_squares_(out: Table, state: Table, grads: Table, eps: float, tasks: int) -> Tensor:
+    with _on(out.device):
+        excess = _doubles(out.device, tasks)
+        scratch = _doubles(out.device, native.norm_scratch(out.native))
+        native.accumulate_squares(
+            out.native, state.native, grads.native, eps, excess.data_ptr(), scratch.data_ptr(), _stream(out.device)
+        )
+        out.write_back()
+    return excess
+
+
 def combine_(out: Table, grads: Table, weights: Tensor, accumulate: bool) -> None:
     with _on(out.device):
         weights = _as_doubles(weights, out.device)

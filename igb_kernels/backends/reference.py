@@ -115,6 +115,20 @@ def ema_(out: Table, state: Table, grads: Table, decay: Tensor, tasks: int, scal
     return sq_norms(out, tasks)
 
 
+def accumulate_squares_(out: Table, state: Table, grads: Table, eps: float, tasks: int) -> Tensor:
+    params = len(out.tensors) // tasks
+    excess = torch.zeros(
+        tasks, dtype=torch.float64, device=next((o.device for o in out.tensors if o is not None), None)
+    )
+    for i, (o, s, g) in enumerate(zip(out.tensors, state.tensors, grads.tensors, strict=True)):
+        if o is not None:
+            squares = torch.zeros_like(o, dtype=torch.float64) if g is None else g.double().square()
+            total = squares if s is None else s.double() + squares
+            o.copy_(total)
+            excess[i // params] += (squares / (total + eps).sqrt()).sum()
+    return excess
+
+
 def combine_(out: Table, grads: Table, weights: Tensor, accumulate: bool) -> None:
     w, params = weights.double(), len(out.tensors)
     for p, o in enumerate(out.tensors):

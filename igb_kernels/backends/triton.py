@@ -141,6 +141,21 @@ def ema_(out: Table, state: Table, grads: Table, decay: Tensor, tasks: int, scal
         return _sums(partials, torch.empty(tasks, dtype=torch.float64, device=device))
 
 
+def accumulate_squares_(out: Table, state: Table, grads: Table, eps: float, tasks: int) -> Tensor:
+    launches, device = grads.launches(out), out.device
+    partials = _partials(launches, tasks, device)
+    as_double = torch.full((1,), eps, dtype=torch.float64, device=device)  # a Python float would become a float32
+    with _on(device):
+        for launch in launches:
+            _triton_kernels.accumulate_squares[launch.programs, tasks](
+                out.on(device), state.on(device), grads.on(device), launch.chunks, partials, as_double, out.params,
+                launch.before, partials.shape[1],
+                BLOCK=LANES * launch.vector, CHUNK=CHUNK, **launch.dtypes(), **OPTIONS,
+            )  # fmt: skip
+        out.write_back()
+        return _sums(partials, torch.empty(tasks, dtype=torch.float64, device=device))
+
+
 def combine_(out: Table, grads: Table, weights: Tensor, accumulate: bool) -> None:
     device, tasks = out.device, grads.tasks
     weights = weights.to(device, torch.float64).contiguous()

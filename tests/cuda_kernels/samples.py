@@ -88,6 +88,12 @@ class Kernels:
         self.native.ema(*tables, number.data_ptr(), factors, norms.data_ptr(), scratch.data_ptr(), 0)
         return norms
 
+    def accumulate_squares(self, out: Sequence[Row], state: Sequence[Row], grads: Sequence[Row], eps: float) -> Tensor:
+        tables = [self.table(rows, like=out) for rows in (out, state, grads)]
+        excess, scratch = self._doubles(len(grads)), self._doubles(self.native.norm_scratch(tables[2]))
+        self.native.accumulate_squares(*tables, eps, excess.data_ptr(), scratch.data_ptr(), 0)
+        return excess
+
     def combine(self, out: Row, rows: Sequence[Row], weights: Tensor, accumulate: bool) -> None:
         self.native.combine(self.table([out]), self.table(rows), weights.data_ptr(), accumulate, 0)
 

@@ -110,6 +110,21 @@ def test_ema(dtype, scales, decay):
         torch.testing.assert_close(flat(a), flat(b), rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
 
 
+@pytest.mark.parametrize("layout", ["contiguous", "mixed"])
+@pytest.mark.parametrize("dtype", ops.DTYPES)
+def test_accumulate_squares(dtype, layout):
+    wide = ops.accumulator_dtype(dtype)
+    rows = gradients(3, SHAPES, dtype, missing=some_missing, layout=layout)
+    state = [[t.abs() for t in row] for row in gradients(3, SHAPES, wide, seed=1)]
+    found, want = (gradients(3, SHAPES, wide, seed=2) for _ in range(2))
+    excess = [
+        ops.accumulate_squares_(out, state, rows, 1e-3, backend=b) for out, b in ((found, "cuda"), (want, "reference"))
+    ]
+    torch.testing.assert_close(excess[0], excess[1], rtol=TOLERANCE[dtype], atol=0)
+    for a, b in zip(found, want, strict=True):
+        torch.testing.assert_close(flat(a), flat(b), rtol=TOLERANCE[dtype], atol=0)
+
+
 def test_ema_into_other_layouts():
     grads = gradients(2, SHAPES, torch.float32, layout="transposed")
     out, want = (gradients(2, SHAPES, torch.float32, seed=1, layout=layout) for layout in ("gaps", "mixed"))

@@ -106,6 +106,26 @@ def test_ema(emulated, kernels, guarded, dtype, tasks):
     torch.testing.assert_close(norms, new.square().sum(dim=1), rtol=100 * epsilon(wide), atol=0)
 
 
+@pytest.mark.parametrize("tasks", [1, 3])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_accumulate_squares(emulated, kernels, guarded, dtype, tasks):
+    rows, values = sample(guarded, dtype, tasks)
+    wide, eps = accumulator(dtype), 1e-2
+    state = [[None if t is None else t.square_() for t in guarded.row(wide)] for _ in range(tasks)]
+    if tasks > 1:
+        state[0][5] = None
+    out = [[guarded.unused(wide, size, offset) for size, offset in SIZES] for _ in range(tasks)]
+    exact = torch.stack([flat(row, out[0]) for row in state]) + values.square()
+    excess = in_every_order(emulated, lambda: kernels.accumulate_squares(out, state, rows, eps))
+    new = torch.stack([flat(row, row) for row in out])
+    torch.testing.assert_close(new, exact, rtol=4 * epsilon(wide), atol=0)
+    want = (values.square() / (exact + eps).sqrt()).sum(dim=1)
+    torch.testing.assert_close(excess, want, rtol=100 * epsilon(wide), atol=0)
+    in_place = kernels.accumulate_squares(state[-1:], state[-1:], rows[-1:], eps)
+    torch.testing.assert_close(in_place, excess[-1:], rtol=1e-6, atol=0)
+    assert torch.equal(flat(state[-1], out[0]), new[-1])
+
+
 def test_missing_averages_are_skipped(kernels, guarded):
     out = [guarded.row(torch.float32), [*guarded.row(torch.float32)[:5], None]]
     grads = [guarded.row(torch.float32), [*guarded.row(torch.float32)[:5], None]]

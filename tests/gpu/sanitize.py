@@ -29,6 +29,7 @@ def stream(dtype: torch.dtype, tasks: int, offset: int) -> None:
     ops.sq_norms(grads, backend=BACKEND)
     for scales in (None, weights):
         ops.ema_(out, state, grads, 0.9, scales, backend=BACKEND)
+    ops.accumulate_squares_(out, state, grads, 1e-7, backend=BACKEND)
     for accumulate in (False, True):
         ops.combine_(row(dtype, offset), grads, weights, accumulate=accumulate, backend=BACKEND)
     for status in (0, 1):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from oracle import assert_no_worse, assert_sum, expected_gram
+from oracle import assert_no_worse, assert_squares, assert_sum, expected_gram
 from samplers import WELL_POSED, gradients, gramian, jacobian, per_task_of
 from tolerances import SOLVER, TOLERANCES
 from torch import Tensor
@@ -158,6 +158,18 @@ def test_ema_with_scales(gpu_backend):
         for p, found in enumerate(out[k]):
             assert_sum(found.cpu(), [(0.25 * scales[k], rows[k][p])], torch.float32, (k, p))
     expected_gram([[t.cpu() for t in row] for row in out]).check(norms.cpu())
+
+
+@pytest.mark.parametrize("tasks", [1, 3, 9])
+@pytest.mark.parametrize("dtype", ops.DTYPES)
+def test_accumulate_squares(gpu_backend, dtype, tasks):
+    wide = ops.accumulator_dtype(dtype)
+    rows = gradients(tasks, SIZES, dtype, missing=some_missing)
+    state = gradients(tasks, SIZES, wide, seed=1, missing=lambda k, p: k == p)
+    state = [[None if t is None else t.square() for t in row] for row in state]
+    out = [poisoned([t.cuda() for t in row]) for row in gradients(tasks, SIZES, wide)]
+    excess = ops.accumulate_squares_(out, on_gpu(state), on_gpu(rows), 1e-7, backend=gpu_backend)
+    assert_squares([[t.cpu() for t in row] for row in out], excess.cpu(), state, rows, 1e-7)
 
 
 @pytest.mark.parametrize("status", [0, int(Status.ZERO_GRADIENT), int(Status.NON_FINITE | Status.ZERO_GRADIENT)])

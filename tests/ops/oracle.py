@@ -93,6 +93,36 @@ def _error(values: Tensor, truth: Tensor, scale: Tensor) -> float:
     return float(relative.max()) if relative.numel() else 0.0
 
 
+def assert_squares(
+    out: Sequence[Grads], excess: Tensor, state: Sequence[Grads], grads: Sequence[Grads], eps: float
+) -> None:
+    """`out` is state + grads², and `excess` Σ grads² / √(out + eps) of each row; `state` as it was before."""
+    truths, baselines = [], []
+    for k, (out_row, state_row, row) in enumerate(zip(out, state, grads, strict=True)):
+        truth, baseline = torch.zeros((), dtype=torch.float64), torch.zeros((), dtype=torch.float64)
+        for p, (o, s, g) in enumerate(zip(out_row, state_row, row, strict=True)):
+            assert o is not None
+            (exact, exact_squares), (eager, eager_squares) = (
+                _squares(s, g, o.shape, d) for d in (torch.float64, o.dtype)
+            )
+            element = TOLERANCES[o.dtype].element
+            assert_no_worse(o, eager, exact, exact.abs(), element, f"row {k}, column {p}", excuse=element)
+            truth += (exact_squares / (exact + eps).sqrt()).sum()
+            baseline += (eager_squares / (eager + eps).sqrt()).sum().double()
+        truths.append(truth)
+        baselines.append(baseline)
+    inner = max(TOLERANCES[o.dtype].inner for row in out for o in row if o is not None)
+    assert excess.dtype is torch.float64
+    exact_excess = torch.stack(truths)
+    assert_no_worse(excess, torch.stack(baselines), exact_excess, exact_excess, 2 * inner, "sums", excuse=inner)
+
+
+def _squares(state: Tensor | None, grad: Tensor | None, shape: torch.Size, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """state + grad² and grad²."""
+    squares = torch.zeros(shape, dtype=dtype) if grad is None else grad.to(dtype).square()
+    return (squares if state is None else state.to(dtype) + squares), squares
+
+
 def assert_sum(
     found: Tensor, terms: Sequence[tuple[float, Tensor | None]], dtype: torch.dtype, context: object = ""
 ) -> None:

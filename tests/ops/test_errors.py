@@ -20,6 +20,10 @@ def ema(out=F32, state=None, grads=F32, decay=0.5, scales=None):
     return lambda: ops.ema_([[out]], [[state]], [[grads]], decay, scales)
 
 
+def squares(out=F32, state=None, grads=F32, eps=1e-7):
+    return lambda: ops.accumulate_squares_([[out]], [[state]], [[grads]], eps)
+
+
 def combine(out, rows, weights=None):
     return lambda: ops.combine_(out, rows, torch.ones(len(rows)) if weights is None else weights)
 
@@ -58,6 +62,12 @@ CALLS = {
     "two scales": (ema(scales=torch.ones(2)), ValueError, "ema_ … scales … (1,) … found (2,)"),
     "whole scales": (ema(scales=ONE.int()), TypeError, "ema_ … scales … floating … found torch.int32"),
     "None in out": (ema(out=None), (TypeError, ValueError, RuntimeError), "ema_ … out … None"),
+    # accumulate_squares_
+    "half sums": (squares(BF16, grads=BF16), ValueError, "accumulate_squares_ … out[0] … float32 … found … bfloat16"),
+    "float32 sums of float64": (squares(grads=F64), ValueError, "accumulate_squares_ … out[0] … float64 … found"),
+    "shape of the sums": (squares(state=LONGER), ValueError, "accumulate_squares_ … state[0] … (3,) … found (4,)"),
+    "no eps": (squares(eps=0.0), ValueError, "accumulate_squares_ … eps … at least 1.17 … found 0.0"),
+    "eps is not a number": (squares(eps=torch.nan), ValueError, "accumulate_squares_ … eps … at least … found nan"),
     # combine_
     "more outputs": (combine([F32, F32], [[F32]]), ValueError, "combine_ … out … 1 tensors … found 2"),
     "fewer weights": (combine([F32], [[F32], [F32]], ONE), ValueError, "combine_ … weights … (2,) … found (1,)"),

@@ -40,6 +40,14 @@ CALLS = {
     "ema_, missing entries": (OPS.ema_, (rows(seed=1), rows(seed=2, missing=some_missing), [None] * 9, DECAY, 3)),
     "ema_, half precision": (OPS.ema_, (rows(seed=1), [None] * 9, rows(torch.float16), DECAY, 3)),
     "ema_, scales": (OPS.ema_, (rows(seed=1), rows(seed=2), rows(), DECAY, 3, LOSSES)),
+    "accumulate_squares_": (
+        OPS.accumulate_squares_,
+        (rows(seed=1), [t.square() for t in rows(seed=2)], rows(), 1e-7, 3),
+    ),
+    "accumulate_squares_, missing entries": (
+        OPS.accumulate_squares_,
+        (rows(seed=1), [None] * 9, rows(torch.bfloat16, missing=some_missing), 1e-7, 3),
+    ),
     "combine_": (OPS.combine_, (rows(seed=1)[:3], rows(), LOSSES)),
     "combine_, missing entries": (OPS.combine_, (rows(seed=1)[:3], rows(missing=some_missing), LOSSES, True)),
     "solve equal": (OPS.solve, ("equal", GRAM, None, None, [], None)),

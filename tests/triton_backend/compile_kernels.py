@@ -24,7 +24,7 @@ from igb_kernels.backends.triton import CHUNK, FEW_TASKS, LANES, OPTIONS, ROWS_A
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 
 COUNTS = ("params", "before", "total", "tasks")
-DOUBLES = ("partials", "out", "weights", "decay", "scales")
+DOUBLES = ("partials", "out", "weights", "decay", "scales", "eps")
 VECTORS = {tl.float32: 4, tl.float64: 2, tl.bfloat16: 8, tl.float16: 8}
 
 Variant = tuple[triton.JITFunction, dict[str, object], int]
@@ -45,6 +45,7 @@ def variants() -> Iterator[Variant]:
         yield kernels.sq_norms, {**dtypes, "BLOCK": LANES * vector}, 1
         for scales in ({"scales": None}, {}):
             yield kernels.ema, {**dtypes, **scales, "BLOCK": LANES * vector}, 2
+        yield kernels.accumulate_squares, {**dtypes, "BLOCK": LANES * vector}, 2
         yield from combinations(dtype, dtype, acc, vector)
     yield from combinations(tl.float32, tl.bfloat16, tl.float32, VECTORS[tl.float32])
     yield from combinations(tl.bfloat16, tl.float32, tl.float32, VECTORS[tl.bfloat16])

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from oracle import assert_sum, expected_gram
+from oracle import assert_squares, assert_sum, expected_gram
 from samplers import LAYOUTS, gradients, per_task_of
 from tolerances import TOLERANCES
 
@@ -262,6 +262,21 @@ def test_ema_every_layout(layout, out_layout):
     grads = gradients(2, SHAPES, torch.float32, layout=layout)
     state = gradients(2, SHAPES, torch.float32, seed=1, layout="mixed")
     check_ema(averages(2, SHAPES, dtypes, out_layout), state, grads, 0.7, dtypes)
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "offset", "mixed"])
+@pytest.mark.parametrize("dtype", ops.DTYPES)
+def test_accumulate_squares(dtype, layout):
+    """With and without state and gradient, and where a column has neither; then in place."""
+    shapes, wide = [*SIZES, 66, (2, 3, 4, 5)], accumulator_dtype(dtype)
+    grads = gradients(3, shapes, dtype, missing=lambda k, p: p in (2, 6) or (k + p) % 3 == 2, layout=layout)
+    state = gradients(3, shapes, wide, seed=1, missing=lambda k, p: p in (5, 6) or (k + p) % 4 == 0)
+    state = [[None if t is None else t.square() for t in row] for row in state]
+    out = averages(3, shapes, [dtype] * len(shapes))
+    excess = ops.accumulate_squares_(out, state, grads, 1e-4, backend="triton")
+    assert_squares(out, excess, state, grads, 1e-4)
+    before = [[t.clone() for t in row] for row in out]
+    assert_squares(out, ops.accumulate_squares_(out, out, grads, 1e-4, backend="triton"), before, grads, 1e-4)
 
 
 @pytest.mark.parametrize("status", [Status.NON_FINITE, Status.NON_FINITE | Status.ZERO_GRADIENT, Status.ALL_INACTIVE])
