@@ -23,8 +23,12 @@ Losses = Sequence[Tensor] | Mapping[str, Tensor] | Tensor
 class TaskLosses:
     """K losses: their names, values, and the graph nodes from which their backward passes start."""
 
-    def __init__(self, losses: Losses, names: tuple[str, ...] | None) -> None:
-        """Reads and checks `losses`; `names` are those of earlier steps, if there were any."""
+    def __init__(self, losses: Losses, names: tuple[str, ...] | None, need_graph: bool = True) -> None:
+        """Reads and checks `losses`; `names` are those of earlier steps, if there were any.
+
+        Without need for a graph there are only names and values.
+        """
+        self._need_graph = need_graph
         self.names: tuple[str, ...] | None = None
         if isinstance(losses, Mapping):
             self.names = tuple(losses) if names is None else names
@@ -50,7 +54,7 @@ class TaskLosses:
                 raise ValueError(f"{self._label(k)} must be a scalar, found shape {tuple(loss.shape)}")
             if not loss.dtype.is_floating_point:
                 raise TypeError(f"{self._label(k)} must have a floating dtype, found {loss.dtype}")
-            if not loss.requires_grad:
+            if self._need_graph and not loss.requires_grad:
                 raise ValueError(f"{self._label(k)} must require grad: it does not depend on any parameter")
             if loss.device != scalars[0].device:
                 raise ValueError(f"{self._label(k)} must be on {scalars[0].device} like the first, found {loss.device}")
@@ -68,9 +72,11 @@ class TaskLosses:
             raise ValueError(f"losses must be a 1-D tensor of at least one loss, found shape {tuple(losses.shape)}")
         if not losses.dtype.is_floating_point:
             raise TypeError(f"losses must have a floating dtype, found {losses.dtype}")
+        self.values, self.roots = losses.detach(), [losses] * len(losses)
+        if not self._need_graph:
+            return
         if not losses.requires_grad or losses.grad_fn is None:
             raise ValueError("losses must require grad: they do not depend on any parameter")
-        self.values = losses.detach()
         node: Node = losses.grad_fn
         edges = node.next_functions if node.name() == "StackBackward0" else ()
         for k, (function, _) in enumerate(edges):
@@ -84,7 +90,7 @@ class TaskLosses:
                 "losses came as one tensor that torch.stack did not make: every backward pass runs all tasks' heads. "
                 "A list of scalar losses avoids that"
             )
-            self.roots, self._whole = [losses] * len(losses), losses
+            self._whole = losses
         self._alike = True
 
     def _label(self, k: int) -> str:
