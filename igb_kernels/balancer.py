@@ -21,7 +21,7 @@ from igb_kernels.capture import (
 )
 from igb_kernels.gradients import METHODS, Equal, GradientBalancer
 from igb_kernels.gradients.base import Needs
-from igb_kernels.losses import RULES, LossBalancer
+from igb_kernels.losses import RULES, LearnedLossBalancer, LossBalancer
 from igb_kernels.ops import DTYPES, accumulator_dtype
 from igb_kernels.result import BalanceResult
 from igb_kernels.status import Status
@@ -154,11 +154,33 @@ class Balancer:
         self._names = self._names or tasks.names
         return result
 
+    def after_step(self, losses: Losses) -> None:
+        """Tells the losses after the optimizer's step, on the same batch: FAMO learns from them, other rules do not.
+
+        Args:
+            losses: as for `backward`, but without need for a graph.
+
+        Raises:
+            ValueError, TypeError: for losses that do not fit those of `backward`.
+            RuntimeError: before the first step.
+        """
+        tasks = self._read(losses, self._names, "losses", need_graph=False)
+        if self._tasks is None:
+            raise RuntimeError("after_step comes after backward, which has not been called")
+        self._check_number(tasks)
+        self.losses.after_step(tasks.values)
+
     def _read(
-        self, losses: Losses, names: tuple[str, ...] | None, argument: str, expected: int | None = None
+        self,
+        losses: Losses,
+        names: tuple[str, ...] | None,
+        argument: str,
+        expected: int | None = None,
+        *,
+        need_graph: bool = True,
     ) -> TaskLosses:
         """The losses of one batch, checked."""
-        tasks = TaskLosses(losses, names, argument)
+        tasks = TaskLosses(losses, names, argument, need_graph=need_graph)
         if tasks.values.device != self.shared[0].device:
             raise ValueError(
                 f"{argument} must be on {self.shared[0].device} like the shared parameters, found {tasks.values.device}"
@@ -166,6 +188,10 @@ class Balancer:
         if expected is not None and len(tasks) != expected:
             raise ValueError(f"{argument} must hold {expected} tasks as losses does, found {len(tasks)}")
         return tasks
+
+    def _check_number(self, tasks: TaskLosses) -> None:
+        if len(tasks) != self._tasks:
+            raise ValueError(f"losses must hold {self._tasks} tasks as in earlier steps, found {len(tasks)}")
 
     @property
     def _run(self) -> Backend:
@@ -183,8 +209,7 @@ class Balancer:
             self._tasks, self._names = len(tasks), tasks.names
             self.losses.start(len(tasks), tasks.values.device)
             self.gradients.start(len(tasks), self.shared[0].device)
-        elif len(tasks) != self._tasks:
-            raise ValueError(f"losses must hold {self._tasks} tasks as in earlier steps, found {len(tasks)}")
+        self._check_number(tasks)
         if self._head_leaves is None and self.heads == "scaled":
             shared = {id(p) for p in self.shared}
             self._head_leaves = [p for p in leaves(tasks) if isinstance(p, nn.Parameter) and id(p) not in shared]
@@ -452,9 +477,11 @@ def _method(name: str) -> GradientBalancer:
 def _rule(name: str) -> LossBalancer:
     if name not in RULES:
         raise ValueError(f"loss balancing must be one of {sorted(RULES)}, found {name!r}")
-    if name == "imtl_l":
-        raise ValueError("imtl_l has a parameter for each task: pass losses=IMTLL(num_tasks=...) instead of its name")
-    return RULES[name]()
+    rule = RULES[name]
+    if issubclass(rule, LearnedLossBalancer):
+        example = f"losses={rule.__name__}(num_tasks=...)"
+        raise ValueError(f"{name} has a parameter for each task: pass {example} instead of its name")
+    return rule()
 
 
 def _parameters(argument: str, given: Iterable[Tensor] | nn.Module) -> list[Tensor]:

@@ -23,9 +23,19 @@ Losses = Sequence[Tensor] | Mapping[str, Tensor] | Tensor
 class TaskLosses:
     """K losses: their names, values, and the graph nodes from which their backward passes start."""
 
-    def __init__(self, losses: Losses, names: tuple[str, ...] | None, argument: str = "losses") -> None:
-        """Reads and checks `losses`, which messages call `argument`; `names` are those known before, if any."""
-        self._argument = argument
+    def __init__(
+        self,
+        losses: Losses,
+        names: tuple[str, ...] | None,
+        argument: str = "losses",
+        *,
+        need_graph: bool = True,
+    ) -> None:
+        """Reads and checks `losses`, which messages call `argument`; `names` are those known before, if any.
+
+        Without need for a graph there are only names and values.
+        """
+        self._argument, self._need_graph = argument, need_graph
         self.names: tuple[str, ...] | None = None
         if isinstance(losses, Mapping):
             self.names = tuple(losses) if names is None else names
@@ -51,7 +61,7 @@ class TaskLosses:
                 raise ValueError(f"{self._label(k)} must be a scalar, found shape {tuple(loss.shape)}")
             if not loss.dtype.is_floating_point:
                 raise TypeError(f"{self._label(k)} must have a floating dtype, found {loss.dtype}")
-            if not loss.requires_grad:
+            if self._need_graph and not loss.requires_grad:
                 raise ValueError(f"{self._label(k)} must require grad: it does not depend on any parameter")
             if loss.device != scalars[0].device:
                 raise ValueError(f"{self._label(k)} must be on {scalars[0].device} like the first, found {loss.device}")
@@ -71,9 +81,11 @@ class TaskLosses:
             )
         if not losses.dtype.is_floating_point:
             raise TypeError(f"{self._argument} must have a floating dtype, found {losses.dtype}")
+        self.values, self.roots = losses.detach(), [losses] * len(losses)
+        if not self._need_graph:
+            return
         if not losses.requires_grad or losses.grad_fn is None:
             raise ValueError(f"{self._argument} must require grad: they do not depend on any parameter")
-        self.values = losses.detach()
         node: Node = losses.grad_fn
         edges = node.next_functions if node.name() == "StackBackward0" else ()
         for k, (function, _) in enumerate(edges):
@@ -87,7 +99,7 @@ class TaskLosses:
                 "losses came as one tensor that torch.stack did not make: every backward pass runs all tasks' heads. "
                 "A list of scalar losses avoids that"
             )
-            self.roots, self._whole = [losses] * len(losses), losses
+            self._whole = losses
         self._alike = True
 
     def _label(self, k: int) -> str:
