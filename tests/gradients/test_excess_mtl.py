@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from golden import cases
+from golden import cases, linear_losses
 
-from igb_kernels import ExcessMTL, Status, ops
+from igb_kernels import Balancer, ExcessMTL, Status, ops
 
 VARIANTS = {"excess_mtl__libmtl": ExcessMTL(), "excess_mtl__torchjd": ExcessMTL(0.01, parity="torchjd")}
 
@@ -32,6 +32,41 @@ def test_weights_of_the_originals(file, case, backend):
             assert case.tags & {"zero-row", "all-zero", "huge"}
             assert weights.isfinite().all()
             assert Status(int(status)) & ~(Status.ZERO_GRADIENT | Status.ALL_INACTIVE) == Status(0)
+
+
+@pytest.mark.parametrize(("file", "case"), [(f, c.values[0]) for f in VARIANTS for c in cases(f) if c.values[0].trust])
+def test_a_balancer_s_updates(file, case, backend):
+    """Its accumulated squares, too, are those of the originals."""
+    size = case.steps[0].jacobian.shape[1]
+    parts = [torch.zeros(n, dtype=torch.float64, requires_grad=True) for n in (size // 3, size - size // 3)]
+    method = ExcessMTL(0.01, parity=VARIANTS[file].parity)
+    balancer = Balancer(method, shared=parts, backend=backend)
+    for i, step in enumerate(case.steps):
+        if i == 2:  # moved to another balancer on the way
+            saved, method = balancer.state_dict(), ExcessMTL(0.01, parity=method.parity)
+            balancer = Balancer(method, shared=parts, backend=backend)
+            balancer.load_state_dict(saved)
+        result = balancer.backward(linear_losses(torch.cat(parts), step.jacobian, step.losses))
+        step.assert_update(torch.cat([p.grad for p in parts]))
+        assert result.measured is None
+        for p in parts:
+            p.grad = None
+
+
+def test_a_step_that_is_not_finite_does_not_count(backend):
+    parameter = torch.zeros(4, dtype=torch.float64, requires_grad=True)
+    rows = torch.randn(2, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    harmed = rows.clone()
+    harmed[1, 2] = torch.inf
+    results = []
+    for middle in ([], [harmed]):
+        balancer = Balancer(ExcessMTL(1.0), shared=[parameter], backend=backend)
+        for given in [rows, *middle, 2 * rows]:
+            parameter.grad = None
+            result = balancer.backward(linear_losses(parameter, given, torch.ones(2, dtype=torch.float64)))
+            assert (Status.NON_FINITE in result.flags) == (given is harmed)
+        results.append(result.weights)
+    assert torch.equal(*results)
 
 
 def test_weights_far_apart_stay_finite(backend):

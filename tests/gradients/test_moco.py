@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from golden import cases
+from golden import cases, linear_losses
 from samplers import gramian
 
-from igb_kernels import MoCo, ops
+from igb_kernels import Balancer, MoCo, ops
 
 
 def averages(steps, beta, sigma):
@@ -18,6 +18,48 @@ def averages(steps, beta, sigma):
         units = step.jacobian / (norms + 1e-8)[:, None]  # as LibMTL guards the division
         average = average - beta / t**sigma * (average - step.losses[:, None] * units)
         yield average
+
+
+@pytest.mark.parametrize("case", cases("moco__libmtl"))
+def test_a_balancer_s_updates(case, backend):
+    """The averages of normalised gradients, too, are those of the original."""
+    size = case.steps[0].jacobian.shape[1]
+    parts = [torch.zeros(n, dtype=torch.float64, requires_grad=True) for n in (size // 3, size - size // 3)]
+    balancer = Balancer(MoCo(parity="libmtl"), shared=parts, backend=backend)
+    for step in case.steps:
+        result = balancer.backward(linear_losses(torch.cat(parts), step.jacobian, step.losses))
+        step.assert_update(torch.cat([p.grad for p in parts]))
+        torch.testing.assert_close(result.gram.diagonal().sqrt(), result.norms)
+        for p in parts:
+            p.grad = None
+
+
+def test_plain_gradients_are_averaged_if_asked_for(backend):
+    parameter = torch.zeros(4, dtype=torch.float64, requires_grad=True)
+    rows = torch.randn(2, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    losses = torch.tensor([3.0, 0.5], dtype=torch.float64)
+    balancer = Balancer(MoCo(beta=0.4, normalize=False), shared=[parameter], backend=backend)
+    result = balancer.backward(linear_losses(parameter, rows, losses))
+    torch.testing.assert_close(result.gram, 0.16 * rows @ rows.T)
+    torch.testing.assert_close(parameter.grad, 0.4 * result.weights @ rows)
+
+
+def test_a_step_that_is_not_finite_is_not_averaged(backend):
+    parameter = torch.zeros(4, dtype=torch.float64, requires_grad=True)
+    rows = torch.randn(2, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    harmed = rows.clone()
+    harmed[1, 2] = torch.nan
+    losses = torch.tensor([3.0, 0.5], dtype=torch.float64)
+    results = []
+    for middle in ([], [harmed]):
+        balancer = Balancer(MoCo(), shared=[parameter], backend=backend)
+        for given in [rows, *middle, 2 * rows]:
+            parameter.grad = None
+            result = balancer.backward(linear_losses(parameter, given, losses))
+            assert bool(parameter.grad.isnan().any()) == (given is harmed)
+        results.append((result.weights, parameter.grad))
+    assert torch.equal(results[0][0], results[1][0])
+    assert torch.equal(results[0][1], results[1][1])
 
 
 @pytest.mark.parametrize("case", cases("moco__libmtl"))
