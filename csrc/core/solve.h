@@ -12,8 +12,11 @@
 #include "solvers/db_mtl.h"
 #include "solvers/emtl.h"
 #include "solvers/equal.h"
+#include "solvers/grad_norm.h"
+#include "solvers/gradvac.h"
 #include "solvers/imtl_g.h"
 #include "solvers/nash_mtl.h"
+#include "solvers/pcgrad.h"
 #include "status.h"
 
 namespace igb {
@@ -24,7 +27,10 @@ namespace igb {
   method(db_mtl, DbMtl)     \
   method(emtl, Emtl)        \
   method(imtl_g, ImtlG)     \
-  method(nash_mtl, NashMtl)
+  method(nash_mtl, NashMtl) \
+  method(pcgrad, Pcgrad)    \
+  method(gradvac, Gradvac)  \
+  method(grad_norm, GradNorm)
 
 enum class Method : int {
 #define IGB_ENUMERATOR(name, Solver) name,
