@@ -158,7 +158,7 @@ class GradNorm(GradientBalancer):
 
     def state_dict(self) -> dict[str, Any]:
         """See the base class."""
-        return {**super().state_dict(), "parameter": self.parameter.detach().clone()}
+        return {**super().state_dict(), "parameter": self.parameter.detach()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """See the base class."""
