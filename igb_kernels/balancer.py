@@ -471,6 +471,8 @@ def _methods(
 def _method(name: str) -> GradientBalancer:
     if name not in METHODS:
         raise ValueError(f"gradient balancing must be one of {sorted(METHODS)}, found {name!r}")
+    if name == "grad_norm":
+        raise ValueError("grad_norm has a parameter for each task: pass GradNorm(num_tasks=...) instead of its name")
     return METHODS[name]()
 
 

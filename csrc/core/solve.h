@@ -14,10 +14,13 @@
 #include "solvers/equal.h"
 #include "solvers/excess_mtl.h"
 #include "solvers/grad_drop.h"
+#include "solvers/grad_norm.h"
+#include "solvers/gradvac.h"
 #include "solvers/imtl_g.h"
 #include "solvers/moco.h"
 #include "solvers/modo.h"
 #include "solvers/nash_mtl.h"
+#include "solvers/pcgrad.h"
 #include "solvers/sdm_grad.h"
 #include "status.h"
 
@@ -30,10 +33,13 @@ namespace igb {
   method(emtl, Emtl)            \
   method(excess_mtl, ExcessMtl) \
   method(grad_drop, GradDrop)   \
+  method(grad_norm, GradNorm)   \
+  method(gradvac, Gradvac)      \
   method(imtl_g, ImtlG)         \
   method(moco, MoCo)            \
   method(modo, MoDo)            \
   method(nash_mtl, NashMtl)     \
+  method(pcgrad, Pcgrad)        \
   method(sdm_grad, SdmGrad)
 
 enum class Method : int {

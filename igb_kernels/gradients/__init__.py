@@ -6,10 +6,13 @@ from igb_kernels.gradients.emtl import EMTL
 from igb_kernels.gradients.equal import Equal
 from igb_kernels.gradients.excess_mtl import ExcessMTL
 from igb_kernels.gradients.grad_drop import GradDrop
+from igb_kernels.gradients.grad_norm import GradNorm
+from igb_kernels.gradients.gradvac import GradVac
 from igb_kernels.gradients.imtl_g import IMTLG
 from igb_kernels.gradients.moco import MoCo
 from igb_kernels.gradients.modo import MoDo
 from igb_kernels.gradients.nash_mtl import NashMTL
+from igb_kernels.gradients.pcgrad import PCGrad
 from igb_kernels.gradients.sdm_grad import SDMGrad
 
 METHODS: dict[str, type[GradientBalancer]] = {
@@ -20,10 +23,13 @@ METHODS: dict[str, type[GradientBalancer]] = {
         EMTL,
         ExcessMTL,
         GradDrop,
+        GradNorm,
+        GradVac,
         IMTLG,
         MoCo,
         MoDo,
         NashMTL,
+        PCGrad,
         SDMGrad,
     )
 }
@@ -35,9 +41,12 @@ __all__ = [
     "Equal",
     "ExcessMTL",
     "GradDrop",
+    "GradNorm",
+    "GradVac",
     "GradientBalancer",
     "MoCo",
     "MoDo",
     "NashMTL",
+    "PCGrad",
     "SDMGrad",
 ]

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import igb_kernels as igb
+from igb_kernels.gradients import GradNorm
 
 from .models import TASKS, Net, Snapshot, make_net, same
 from .oracle import BASES, CASES
@@ -58,9 +59,19 @@ STATES = {
     "igb_v1 mid-epoch": lambda: {"gradients": "emtl", "losses": igb.IGBv1(1)},
     "igb_v1 mid-steps": lambda: {"gradients": "equal", "losses": igb.IGBv1(steps=9)},
     "imtl_l+db_mtl": lambda: {"gradients": igb.DBMTL(0.9, 0.3), "losses": igb.IMTLL(TASKS)},
+    "grad_norm": lambda: {"gradients": GradNorm(TASKS)},
     "nash every 7": lambda: {"gradients": igb.NashMTL(update_every=7)},
 }
-WITH_STATE = ["db_mtl sigma", "db_mtl bias correction", "nash_mtl every 3", "igb_v1 mid-epoch", "imtl_l+db_mtl"]
+WITH_STATE = [
+    "db_mtl sigma",
+    "db_mtl bias correction",
+    "nash_mtl every 3",
+    "pcgrad",
+    "gradvac",
+    "grad_norm",
+    "igb_v1 mid-epoch",
+    "imtl_l+db_mtl",
+]
 
 
 @pytest.mark.parametrize("name", STATES)

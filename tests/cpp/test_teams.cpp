@@ -103,6 +103,16 @@ TEST(solves_have_the_same_bits_in_every_team) {
     Input cut = make_input(igb::Method::emtl, tasks, gram);
     cut.options = {4.0, 2.0};
     compare_solves(igb::Method::emtl, cut, "cut");
+    for (const igb::Method method : {igb::Method::pcgrad, igb::Method::gradvac}) {
+      Input drawn = make_input(method, tasks, opposed);
+      drawn.per_task.clear();  // no times: orders are drawn
+      compare_solves(method, drawn, "drawn orders");
+    }
+    Input learned = make_input(igb::Method::grad_norm, tasks, gram);
+    learned.options = {1.5, 0.0, 0.0};
+    compare_solves(igb::Method::grad_norm, learned, "softmax");
+    learned.state[igb::GradNorm::known] = 0.0;
+    compare_solves(igb::Method::grad_norm, learned, "first step");
   }
 }
 

@@ -75,6 +75,16 @@ class Variant:
         return METHODS[self.method].card.invariance != "" and not self.has_absolute_eps
 
 
+def in_turn(tasks: int) -> Tensor:
+    """Times at which every gradient visits task after task: a task more or less leaves the order of the others."""
+    return torch.arange(tasks, dtype=torch.float64).repeat(tasks, 1)
+
+
+def learned(tasks: int) -> Tensor:
+    """Numbers around 1, each another."""
+    return 10 ** torch.linspace(-0.4, 0.3, tasks, dtype=torch.float64)
+
+
 VARIANTS = [
     Variant("equal", weightless=False),
     Variant("db_mtl", {"beta": 0.0}, inactive_ratio=0.0),
@@ -95,6 +105,16 @@ VARIANTS = [
     Variant("nash_mtl", {"max_norm": 1.0}),
     # More iterations amplify rounding.
     Variant("sdm_grad", {"lr": 0.1, "iterations": 3.0}, inactive_ratio=None, weightless=False),
+    Variant("pcgrad", weightless=False, symmetric=False, unique=False),
+    Variant("pcgrad", {"mean": 1.0}, weightless=False, symmetric=False, unique=False),
+    Variant("pcgrad", {"visit_self": 1.0}, per_task=in_turn, symmetric=False, unique=False),
+    Variant("gradvac", weightless=False, symmetric=False, unique=False),
+    Variant("gradvac", {"beta": 0.3}, per_task=in_turn, symmetric=False, unique=False),
+    Variant("grad_norm", per_task=learned, weightless=False, symmetric=False, unique=False),
+    Variant(
+        "grad_norm", {"alpha": 0.5, "direct": 1.0}, per_task=learned, weightless=False, symmetric=False, unique=False
+    ),
+    Variant("grad_norm", {"wait": 1.0}, per_task=learned, unique=False),
 ]
 
 KNOWN_ALONE = ("equal", "db_mtl", "emtl", "imtl_g", "nash_mtl")
