@@ -127,3 +127,21 @@ def test_accumulate_squares(compare, device, backends, tasks: int, dtype: str) -
     }
     wide = sum(t.numel() * t.element_size() for row in state for t in row)
     compare(ours, g.rivals(ours, backends), slow, rounds=ROUNDS, moved_bytes=g.bytes + 2 * wide)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("tasks", TASKS)
+def test_sign_drop(compare, device, backends, tasks: int, dtype: str) -> None:
+    g = Gradients(tasks, DTYPES[dtype], device)
+    counter = torch.tensor([1.0, 2.0], dtype=torch.float64, device=device)
+
+    def ours(backend: str = backends[0]) -> Tensor:
+        return igb.ops.sign_drop_(g.out, g.rows, counter, backend=backend)
+
+    truth, norm = ours("reference"), torch.cat([t.flatten() for t in eager.sign_drop(g.rows)]).double().square().sum()
+    assert_close(norm.reshape(1), truth, 1e-2)  # other random numbers, the same sum on average
+    for backend in backends:
+        assert_close(ours(backend), truth, 1e-5)
+    slow = {"eager": lambda: eager.sign_drop(g.rows), "reference": lambda: ours("reference")}
+    moved = g.bytes + g.bytes // tasks
+    compare(ours, g.rivals(ours, backends), slow, rounds=ROUNDS, moved_bytes=moved)

@@ -6,7 +6,7 @@ Each is a `torch.library` op in the namespace `igb_kernels` (so it can be traced
 - `gram`, `sq_norms`: K×P gradients to their Gramian or squared norms, in one read of the gradients,
 - `ema_`: moving averages of gradients and their squared norms, in one pass,
 - `accumulate_squares_`: sums of squared gradients over the steps, as Adagrad's, and what they make of the gradients,
-- `combine_`: the weighted sum of K gradients per parameter,
+- `combine_`: the weighted sum of K gradients per parameter; `sign_drop_`: GradDrop's sum, of one sign per element,
 - `solve`: a method's weights from the Gramian; `loss_scales`: a rule's scales from the losses.
 
 Gradients are addressed where they are; nothing is flattened. `None` stands for a parameter that a task does not reach.
@@ -181,6 +181,15 @@ def _check_update(
     return device
 
 
+def _check_sum(op: str, out: Sequence[Tensor], grads: OptionalTensors, tasks: int) -> torch.device:
+    """A sum of the rows of `grads` can be written to `out`; returns the device of `out`."""
+    _check_rows(op, grads, tasks)
+    device = _check_rows(op, out, 1, "out")
+    for k in range(tasks):
+        _check_like(op, "out", out, grads[k * len(out) : (k + 1) * len(out)], "combined")
+    return device
+
+
 def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype in which sums and moving averages of gradients of `dtype` are kept."""
     return torch.float64 if dtype is torch.float64 else torch.float32
@@ -325,14 +334,36 @@ def _combine_(
     out: list[Tensor], grads: list[Tensor | None], weights: Tensor, accumulate: bool = False, backend: str = "auto"
 ) -> None:
     _check_vector("combine_", "weights", weights, (weights.numel(),))
-    _check_rows("combine_", grads, weights.numel())
-    device = _check_rows("combine_", out, 1, "out")
-    for k in range(weights.numel()):
-        _check_like("combine_", "out", out, grads[k * len(out) : (k + 1) * len(out)], "combined")
+    device = _check_sum("combine_", out, grads, weights.numel())
     run = resolve(backend, device.type)
     out_table = run.Table(out, 1)
     run.combine_(out_table, run.Table(grads, weights.numel(), out_table), weights, accumulate)
     torch.autograd.graph.increment_version(out)
+
+
+@_define(
+    "sign_drop_(Tensor(a!)[] out, Tensor?[] grads, Tensor counter, int tasks, Tensor? leak=None, str backend='auto')"
+    " -> Tensor"
+)
+def _sign_drop_(
+    out: list[Tensor],
+    grads: list[Tensor | None],
+    counter: Tensor,
+    tasks: int,
+    leak: Tensor | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    device = _check_sum("sign_drop_", out, grads, tasks)
+    if counter.shape != (2,) or counter.dtype is not torch.float64 or counter.device != device:
+        found = f"{tuple(counter.shape)}, {counter.dtype}, on {counter.device}"
+        raise ValueError(f"sign_drop_: counter must have shape (2,), torch.float64, on {device}; found {found}")
+    if leak is not None:
+        _check_vector("sign_drop_", "leak", leak, (tasks,))
+    run = resolve(backend, device.type)
+    out_table = run.Table(out, 1)
+    norm = run.sign_drop_(out_table, run.Table(grads, tasks, out_table), counter, leak)
+    torch.autograd.graph.increment_version(out)
+    return norm
 
 
 @_define(
@@ -424,6 +455,10 @@ _fake(
     lambda out, state, grads, eps, tasks, backend="auto": _float64((tasks,), _device_of(out)),
 )
 _fake("combine_", lambda out, grads, weights, accumulate=False, backend="auto": None)
+_fake(
+    "sign_drop_",
+    lambda out, grads, counter, tasks, leak=None, backend="auto": _float64((1,), _device_of(out)),
+)
 _fake(
     "solve",
     lambda method, gram, losses, per_task, options, state, backend="auto": (
@@ -550,6 +585,33 @@ def combine_(
     flat, tasks = _flat("combine_", "grads", grads)
     _check_vector("combine_", "weights", weights, (tasks,))
     registered.combine_(list(out), flat, weights, accumulate, backend)
+
+
+def sign_drop_(
+    out: Sequence[Tensor], grads: Rows, counter: Tensor, leak: Tensor | None = None, *, backend: str = "auto"
+) -> Tensor:
+    """GradDrop (Chen et al., NeurIPS 2020): sums in each coordinate the gradients of one sign, in one read of them.
+
+    With the positive gradients' share P = (1 + Σ_k g_k / Σ_k |g_k|) / 2 (equation 1) and U uniform in (0, 1), the
+    positive ones are kept where P > U and the negative ones elsewhere: out = Σ_k (leak_k + (1 − leak_k) · kept_k) · g_k
+    (algorithm 1). U follows from seed, step, the parameter's place p and the coordinate's place in memory alone, so it
+    is the same on every backend and with any number of threads. So is the choice, which takes sums in float32 (float64
+    for float64), except on the reference backend, whose float64 sums may decide a tie otherwise.
+
+    Args:
+        out: P tensors, written; each may be a tensor of `grads`. Float32 sums can be written in half precision.
+        grads: as in `gram`. Where one is NaN or infinite, or Σ_k |g_k| overflows, out is NaN.
+        counter: Tensor [2], float64, on the device of `out`: seed and step, whole numbers from 0 to 2^53. The caller
+            counts the steps.
+        leak: Tensor [K], floating, of the shares that pass in any case; None stands for zeros. From another device it
+            is copied, which waits.
+
+    Returns:
+        Tensor [1], float64, on the device of `out`: the squared norm of out.
+    """
+    flat, tasks = _flat("sign_drop_", "grads", grads)
+    result: Tensor = registered.sign_drop_(list(out), flat, counter, tasks, leak, backend)
+    return result
 
 
 def solve(

@@ -68,6 +68,11 @@ void bind_cuda(py::module_ m) {
   m.def("combine", [](const Table& out, const Table& grads, Address weights, bool accumulate, Address stream) {
     cuda::combine(out, grads, pointer<double>(weights), accumulate, stream_of(stream));
   });
+  m.def("sign_drop", [](const Table& out, const Table& grads, Address counter, Address leaks, Address norm,
+                        Address scratch, Address stream) {
+    cuda::sign_drop(out, grads, pointer<double>(counter), pointer<double>(leaks), pointer<double>(norm),
+                    pointer<double>(scratch), stream_of(stream));
+  });
   m.def("rollback", [](const Table& out, const Table& kept, Address status, Address stream) {
     cuda::rollback(out, kept, pointer<std::int32_t>(status), stream_of(stream));
   });

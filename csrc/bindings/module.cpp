@@ -87,6 +87,10 @@ PYBIND11_MODULE(_C, m) {
   m.def("combine", [](const Table& out, const Table& grads, Address weights, bool accumulate, int threads) {
     igb::cpu::combine(out, grads, pointer<double>(weights), accumulate, threads);
   }, Unlocked());
+  m.def("sign_drop", [](const Table& out, const Table& grads, std::uint64_t seed, std::uint64_t step, Address leaks,
+                        Address norm, int threads) {
+    igb::cpu::sign_drop(out, grads, seed, step, pointer<double>(leaks), pointer<double>(norm), threads);
+  }, Unlocked());
   m.def("solve", &solve, Unlocked());
   m.def("loss_scales", &loss_scales, Unlocked());
   m.attr("methods") = numbers(igb::method_names);

@@ -2,6 +2,7 @@
 #include <type_traits>
 #include <utility>
 
+#include "../core/philox.h"
 #include "chunk_kernels.h"
 #include "simd.h"
 
@@ -273,6 +274,11 @@ void combine_of(O* out, const void* const* rows, const double* weights, int coun
   }
 }
 
+// Whether sums of T can be written as O: in the same precision, widened to the accumulator's, or rounded from it.
+template <class T, class O>
+constexpr bool kCombines = std::is_same_v<O, T> || std::is_same_v<O, Accumulator<T>> ||
+                           (std::is_same_v<T, Accumulator<T>> && std::is_same_v<Accumulator<O>, T>);
+
 void combine(DType row_dtype, DType out_dtype, void* out, const void* const* rows, const double* weights, int count,
              size_t n, bool accumulate, void* scratch) {
   with_type(row_dtype, [&](auto row_tag) {
@@ -280,11 +286,124 @@ void combine(DType row_dtype, DType out_dtype, void* out, const void* const* row
     with_type(out_dtype, [&](auto out_tag) {
       using O = Element<decltype(out_tag)>;
       using A = Accumulator<T>;
-      if constexpr (std::is_same_v<O, T> || std::is_same_v<O, A> || (std::is_same_v<T, A> && std::is_same_v<Accumulator<O>, A>))
+      if constexpr (kCombines<T, O>)
         combine_of<T, O>(static_cast<O*>(out), rows, weights, count, n, accumulate,
                          static_cast<A*>(scratch));
     });
   });
+}
+
+// ---- One sign in each element ------------------------------------------------------------------------------
+
+// Elements whose random numbers and sums stay in the first-level cache.
+constexpr size_t kPiece = 512;
+
+// words[0 .. n) are those of igb::philox(seed, step, stream), igb::philox(seed, step, stream + 1), …; up to a whole
+// number of vectors more are written. Of each lane of 64 bits the lower half counts, until the end.
+void random_words(std::uint32_t* words, size_t n, std::uint64_t seed, std::uint64_t step, std::uint64_t stream) {
+  constexpr int N = kWideLanes;
+  Wide lane, first, second;
+  for (int i = 0; i < N; ++i) {
+    lane[i] = i;
+    first[i] = i / 2 + (i % 2 ? N : 0);
+    second[i] = first[i] + N / 2;
+  }
+  const Wide multiplier0 = Wide{} + igb::kPhiloxMultiplier0, multiplier1 = Wide{} + igb::kPhiloxMultiplier1;
+  for (size_t at = 0; at < n; at += 4 * N, stream += N) {
+    Wide x0 = lane + stream, x1 = x0 >> 32, x2 = Wide{} + step, x3 = x2 >> 32;
+    std::uint32_t key0 = std::uint32_t(seed), key1 = std::uint32_t(seed >> 32);
+#pragma GCC unroll 10
+    for (int round = 0; round < igb::kPhiloxRounds; ++round) {
+      const Wide product0 = multiply_lower(x0, multiplier0), product1 = multiply_lower(x2, multiplier1);
+      x0 = product1 >> 32 ^ x1 ^ key0;
+      x1 = product1;
+      x2 = product0 >> 32 ^ x3 ^ key1;
+      x3 = product0;
+      key0 += igb::kPhiloxKeyStep0;
+      key1 += igb::kPhiloxKeyStep1;
+    }
+    const Wide low = (x0 & 0xffffffffu) | x1 << 32, high = (x2 & 0xffffffffu) | x3 << 32;
+    *reinterpret_cast<UnalignedWide*>(words + at) = __builtin_shuffle(low, high, first);
+    *reinterpret_cast<UnalignedWide*>(words + at + 2 * N) = __builtin_shuffle(low, high, second);
+  }
+}
+
+// Sums over rows: of the positive entries and of the negative ones' sizes, and of both times the rows' leaks. A NaN or
+// inf among the entries makes `negative` non-finite, or `positive`.
+template <class A> struct SignSums {
+  Vec<A> positive, negative, leaked_positive, leaked_negative;
+  template <bool Leaks> void add(Vec<A> g, Vec<A> leak) {
+    const Vec<A> above = g > 0 ? g : Vec<A>{}, below = above - g;
+    positive += above;
+    negative += below;
+    if constexpr (Leaks) {
+      leaked_positive += leak * above;
+      leaked_negative += leak * below;
+    }
+  }
+  // t = 2U - 1; U is below the positive share if t is below the difference's. Rounds only sums and one product, so that
+  // every backend decides alike.
+  Vec<A> chosen(Vec<A> t) const {
+    const Vec<A> all = positive + negative, difference = positive - negative;
+    const Vec<A> v = difference > t * all ? positive - leaked_negative : leaked_positive - negative;
+    return v + (all - all);  // NaN where not finite
+  }
+};
+
+// At most kPiece elements.
+template <bool Leaks, class T, class O>
+double sign_drop_piece(O* out, const void* const* rows, size_t offset, const double* leaks, int count, size_t n,
+                       const std::uint32_t* words) {
+  using A = Accumulator<T>;
+  constexpr size_t N = kLanes<A>;
+  A t[kPiece];
+  for (size_t i = 0; i < n; ++i) t[i] = A(std::int32_t(words[i] >> 7 | 1u) - (1 << 24)) * A(1.0 / (1 << 24));
+  SignSums<A> sums[kPiece / N];  // between groups of rows
+  Vec<A> squares = {};
+  for (int k0 = 0; k0 == 0 || k0 < count; k0 += kStreams) {
+    const int end = count - k0 < kStreams ? count : k0 + kStreams;
+    for (size_t e = 0; e < n; e += N) {
+      const size_t left = n - e;
+      SignSums<A> s = {};
+      if (k0 > 0) s = sums[e / N];
+      for (int k = k0; k < end; ++k) {
+        const T* const row = cast<T>(rows[k]) + offset + e;
+        s.template add<Leaks>(left < N ? load_first(row, left) : load(row), broadcast(A(Leaks ? leaks[k] : 0)));
+      }
+      if (end < count) {
+        sums[e / N] = s;
+      } else if (left < N) {
+        store_first(out + e, s.chosen(load_first(t + e, left)), left);
+        const Vec<A> written = load_first(out + e, left);
+        squares += written * written;
+      } else {
+        store(out + e, s.chosen(load(t + e)));
+        const Vec<A> written = load(out + e);
+        squares += written * written;
+      }
+    }
+  }
+  return sum_lanes<A>(squares);
+}
+
+double sign_drop(DType row_dtype, DType out_dtype, void* out, const void* const* rows, const double* leaks, int count,
+                 size_t n, std::uint64_t seed, std::uint64_t step, std::uint64_t stream) {
+  double sum = 0;
+  with_type(row_dtype, [&](auto row_tag) {
+    using T = Element<decltype(row_tag)>;
+    with_type(out_dtype, [&](auto out_tag) {
+      using O = Element<decltype(out_tag)>;
+      if constexpr (kCombines<T, O>)
+        for (size_t at = 0; at < n; at += kPiece) {
+          const size_t size = n - at < kPiece ? n - at : kPiece;
+          std::uint32_t words[kPiece];
+          random_words(words, size, seed, step, stream + at / 4);
+          const auto piece = leaks ? sign_drop_piece<true, T, O> : sign_drop_piece<false, T, O>;
+          sum += piece(static_cast<O*>(out) + at, rows, at, leaks, count, size, words);
+        }
+    });
+  });
+  return sum;
 }
 
 }  // namespace

@@ -4,6 +4,7 @@
 #include <cstring>
 #include <vector>
 
+#include "../core/philox.h"
 #include "chunk_kernels.h"
 
 namespace igb::cpu {
@@ -220,6 +221,23 @@ void combine(const TensorTable& out, const TensorTable& grads, const double* wei
     chosen->combine(grads.dtype[chunk.param], out.dtype[chunk.param], at(out, 0, chunk), present.rows,
                     present_weights, present.count, std::size_t(chunk.size), accumulate, scratch);
   });
+}
+
+void sign_drop(const TensorTable& out, const TensorTable& grads, std::uint64_t seed, std::uint64_t step,
+               const double* leaks, double* norm, int threads) {
+  const Partition partition(grads);
+  Sums sums(partition.blocks(), 1);
+  partition.for_each(threads, [&](int block, const Chunk& chunk) {
+    const PresentRows present(grads, chunk);
+    double present_leaks[kMaxTasks];
+    if (leaks)
+      for (int i = 0; i < present.count; ++i) present_leaks[i] = leaks[present.index[i]];
+    *sums.of(block) += chosen->sign_drop(
+        grads.dtype[chunk.param], out.dtype[chunk.param], at(out, 0, chunk), present.rows, leaks ? present_leaks : nullptr,
+        present.count, std::size_t(chunk.size), seed, step,
+        element_stream(std::uint64_t(chunk.param), std::uint64_t(chunk.offset)));
+  });
+  sums.total(norm);
 }
 
 const char* instruction_set() { return chosen->name; }

@@ -28,6 +28,12 @@ void accumulate_squares(const TensorTable& out, const TensorTable& state, const 
 // out (+)= sum_k weights[k] * grads[k]. out has one row and no missing entries.
 void combine(const TensorTable& out, const TensorTable& grads, const double* weights, bool accumulate, int threads);
 
+// GradDrop: out = in each element the sum of the grads of one sign, drawn in proportion to the sums of either sign, plus
+// leaks[k] (null: 0) times the others. Returns the sum of squares of out in *norm. The numbers drawn follow from seed,
+// step, column and element alone. out as in combine; it is NaN where a gradient is not finite.
+void sign_drop(const TensorTable& out, const TensorTable& grads, std::uint64_t seed, std::uint64_t step,
+               const double* leaks, double* norm, int threads);
+
 // "avx512", "avx2" or "portable": the best that this machine runs, unless chosen otherwise. Returns false, and
 // changes nothing, where the machine or the build lacks the instruction set.
 const char* instruction_set();

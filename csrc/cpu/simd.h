@@ -196,6 +196,21 @@ inline void store(f16* p, Vec<float> v) {
 }
 #endif
 
+// Lanes of 64 bits, and the products of their lower halves.
+typedef std::uint64_t Wide __attribute__((vector_size(IGB_SIMD_BYTES)));
+typedef std::uint64_t UnalignedWide __attribute__((vector_size(IGB_SIMD_BYTES), aligned(4), may_alias));
+constexpr int kWideLanes = IGB_SIMD_BYTES / 8;
+
+#if defined(__AVX512F__)
+inline Wide multiply_lower(Wide x, Wide y) { return Wide(_mm512_maskz_mul_epu32(0xff, __m512i(x), __m512i(y))); }
+#elif defined(__AVX2__)
+inline Wide multiply_lower(Wide x, Wide y) { return Wide(_mm256_mul_epu32(__m256i(x), __m256i(y))); }
+#elif defined(__SSE2__)
+inline Wide multiply_lower(Wide x, Wide y) { return Wide(_mm_mul_epu32(__m128i(x), __m128i(y))); }
+#else
+inline Wide multiply_lower(Wide x, Wide y) { return (x & 0xffffffffu) * (y & 0xffffffffu); }
+#endif
+
 // The first `count` < lanes elements, zeros behind them.
 template <class T> Vec<Accumulator<T>> load_first(const T* p, size_t count) {
   Vec<Accumulator<T>> v = {};

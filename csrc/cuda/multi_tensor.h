@@ -54,6 +54,10 @@ void accumulate_squares(const Table& out, const Table& state, const Table& grads
 // out (+)= sum_k weights[k] * grads[k]; out has one row and no missing entries, and may be one of the rows.
 void combine(const Table& out, const Table& grads, const double* weights, bool accumulate, Stream stream);
 
+// As igb::cpu::sign_drop, with seed and step in counter[2]; scratch as for norms of grads.
+void sign_drop(const Table& out, const Table& grads, const double* counter, const double* leaks, double* norm,
+               double* scratch, Stream stream);
+
 // out = kept (zeros where kept has no entry) if status has non_finite; both hold rows of the same accumulators.
 void rollback(const Table& out, const Table& kept, const std::int32_t* status, Stream stream);
 

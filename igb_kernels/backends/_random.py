@@ -1,29 +1,55 @@
-"""Random numbers without a state, as csrc/core/philox.h makes them, in plain Python."""
+"""Random numbers without a state, as csrc/core/philox.h makes them, for the references: Philox4x32-10 (Salmon et al., SC
+2011) turns a key and a counter into four words."""
 
 from __future__ import annotations
 
 import math
 
-MASK = (1 << 32) - 1
+import torch
+from torch import Tensor
+
+_MULTIPLIERS = 0xD2511F53, 0xCD9E8D57
+_KEY_STEPS = 0x9E3779B9, 0xBB67AE85
+_WORD = 0xFFFFFFFF
 
 
 def philox(seed: int, step: int, stream: int) -> tuple[int, int, int, int]:
-    """Four random 32-bit words: Philox4x32-10 (Salmon et al., SC 2011) with the key `seed`."""
-    keys = [seed & MASK, seed >> 32]
-    counter = [stream & MASK, stream >> 32, step & MASK, step >> 32]
+    """Four random words of 32 bits; the key is `seed`, the counter `step` above `stream`, 64 bits each."""
+    words = [stream & _WORD, stream >> 32 & _WORD, step & _WORD, step >> 32 & _WORD]
+    key = [seed & _WORD, seed >> 32 & _WORD]
     for _ in range(10):
-        even, odd = 0xD2511F53 * counter[0], 0xCD9E8D57 * counter[2]
-        counter = [odd >> 32 ^ counter[1] ^ keys[0], odd & MASK, even >> 32 ^ counter[3] ^ keys[1], even & MASK]
-        keys = [(keys[0] + 0x9E3779B9) & MASK, (keys[1] + 0xBB67AE85) & MASK]
-    return counter[0], counter[1], counter[2], counter[3]
+        low, high = words[0] * _MULTIPLIERS[0], words[2] * _MULTIPLIERS[1]
+        words = [high >> 32 ^ words[1] ^ key[0], high & _WORD, low >> 32 ^ words[3] ^ key[1], low & _WORD]
+        key = [(k + s) & _WORD for k, s in zip(key, _KEY_STEPS, strict=True)]
+    return words[0], words[1], words[2], words[3]
 
 
-def normals(seed: int, step: int, count: int) -> list[float]:
-    """The standard normals of a step, by Box and Muller's transform."""
-    found: list[float] = []
-    for stream in range((count + 3) // 4):
-        uniform = [(word + 0.5) / 2**32 for word in philox(seed, step, stream)]
-        for u, v in (uniform[:2], uniform[2:]):
-            radius, angle = math.sqrt(-2 * math.log(u)), 2 * math.pi * v
-            found += [radius * math.cos(angle), radius * math.sin(angle)]
-    return found[:count]
+def philox_words(seed: int, step: int, streams: Tensor) -> Tensor:
+    """`philox` for many streams: int64 [...] to int64 [..., 4]."""
+    # int64 wraps as uint64 does, and the mask removes the sign that a shift brings in.
+    words = [streams & _WORD, streams >> 32 & _WORD]
+    words += [torch.full_like(streams, step & _WORD), torch.full_like(streams, step >> 32 & _WORD)]
+    key = [seed & _WORD, seed >> 32 & _WORD]
+    for _ in range(10):
+        low, high = words[0] * _MULTIPLIERS[0], words[2] * _MULTIPLIERS[1]
+        words = [
+            high >> 32 & _WORD ^ words[1] ^ key[0],
+            high & _WORD,
+            low >> 32 & _WORD ^ words[3] ^ key[1],
+            low & _WORD,
+        ]
+        key = [(k + s) & _WORD for k, s in zip(key, _KEY_STEPS, strict=True)]
+    return torch.stack(words, dim=-1)
+
+
+def uniforms(seed: int, step: int, streams: Tensor) -> Tensor:
+    """Of 24 bits in (0, 1), float64: four for each stream, [4 n]."""
+    return ((philox_words(seed, step, streams).flatten() >> 8).double() + 0.5) * 2.0**-24
+
+
+def normals(seed: int, step: int, count: int) -> Tensor:
+    """Standard normals [count], float64, by Box and Muller's transform of streams 0, 1, ..."""
+    words = philox_words(seed, step, torch.arange((count + 3) // 4)).view(-1, 2)
+    uniform = (words.double() + 0.5) / 2**32
+    radius, angle = (-2 * uniform[:, 0].log()).sqrt(), 2 * math.pi * uniform[:, 1]
+    return torch.stack([radius * angle.cos(), radius * angle.sin()], dim=1).flatten()[:count]

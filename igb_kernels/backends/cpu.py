@@ -65,6 +65,14 @@ def combine_(out: Table, grads: Table, weights: Tensor, accumulate: bool) -> Non
     out.write_back()
 
 
+def sign_drop_(out: Table, grads: Table, counter: Tensor, leak: Tensor | None) -> Tensor:
+    norm, leak = torch.empty(1, dtype=torch.float64), _optional_doubles(leak)
+    seed, step = map(int, counter.tolist())
+    _C.sign_drop(out.native, grads.native, seed, step, _address(leak), norm.data_ptr(), torch.get_num_threads())
+    out.write_back()
+    return norm
+
+
 def rollback_(out: Table, kept: Table, status: Tensor) -> None:
     if not int(status) & _NON_FINITE:
         return

@@ -117,6 +117,19 @@ def combine_(out: Table, grads: Table, weights: Tensor, accumulate: bool) -> Non
         out.write_back()
 
 
+def sign_drop_(out: Table, grads: Table, counter: Tensor, leak: Tensor | None) -> Tensor:
+    with _on(out.device):
+        counter, leak = _as_doubles(counter, out.device), _optional_doubles(leak, out.device)
+        norm = _doubles(out.device, 1)
+        scratch = _doubles(out.device, native.norm_scratch(grads.native))
+        native.sign_drop(
+            out.native, grads.native, counter.data_ptr(), _address(leak), norm.data_ptr(), scratch.data_ptr(),
+            _stream(out.device),
+        )  # fmt: skip
+        out.write_back()
+    return norm
+
+
 def rollback_(out: Table, kept: Table, status: Tensor) -> None:
     with _on(out.device):
         status = status.to(out.device)

@@ -169,6 +169,23 @@ def combine_(out: Table, grads: Table, weights: Tensor, accumulate: bool) -> Non
         out.write_back()
 
 
+def sign_drop_(out: Table, grads: Table, counter: Tensor, leak: Tensor | None) -> Tensor:
+    launches, device = grads.launches(out), out.device
+    partials = _partials(launches, 1, device)
+    counter = counter.contiguous()
+    leak = None if leak is None else leak.to(device, torch.float64).contiguous()
+    with _on(device):
+        for launch in launches:
+            _triton_kernels.sign_drop[launch.programs,](
+                out.on(device), grads.on(device), launch.chunks, partials, counter, leak, out.params, grads.tasks,
+                launch.before,
+                OUT=_TRITON_DTYPES[launch.codes[1]], GROUP=min(grads.tasks, ROWS_AT_ONCE), STREAMS=LANES, CHUNK=CHUNK,
+                **launch.dtypes(), **OPTIONS,
+            )  # fmt: skip
+        out.write_back()
+        return _sums(partials, torch.empty(1, dtype=torch.float64, device=device))
+
+
 def rollback_(out: Table, kept: Table, status: Tensor) -> None:
     device, params = out.device, out.params
     status = status.to(device)

@@ -97,6 +97,13 @@ class Kernels:
     def combine(self, out: Row, rows: Sequence[Row], weights: Tensor, accumulate: bool) -> None:
         self.native.combine(self.table([out]), self.table(rows), weights.data_ptr(), accumulate, 0)
 
+    def sign_drop(self, out: Row, rows: Sequence[Row], counter: Tensor, leak: Tensor | None) -> Tensor:
+        tables = [self.table([out]), self.table(rows, like=[out])]
+        norm, scratch = self._doubles(1), self._doubles(self.native.norm_scratch(tables[1]))
+        leaks = 0 if leak is None else leak.data_ptr()
+        self.native.sign_drop(*tables, counter.data_ptr(), leaks, norm.data_ptr(), scratch.data_ptr(), 0)
+        return norm
+
     def rollback(self, out: Sequence[Row], kept: Sequence[Row], status: int) -> None:
         flag = torch.tensor(status, dtype=torch.int32)
         self.native.rollback(self.table(out), self.table(kept), flag.data_ptr(), 0)

@@ -10,6 +10,7 @@ import torch
 from balancer.models import TASKS, grads_of, make_net
 from balancer.oracle import CASES
 from balancer.test_step import play
+from oracle import assert_one_sign
 from samplers import LAYOUTS, gradients, per_task_of
 
 import igb_kernels as igb
@@ -123,6 +124,18 @@ def test_accumulate_squares(dtype, layout):
     torch.testing.assert_close(excess[0], excess[1], rtol=TOLERANCE[dtype], atol=0)
     for a, b in zip(found, want, strict=True):
         torch.testing.assert_close(flat(a), flat(b), rtol=TOLERANCE[dtype], atol=0)
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "offset", "transposed", "mixed", "gaps"])
+@pytest.mark.parametrize("dtype", ops.DTYPES)
+def test_sign_drop(dtype, layout):
+    rows = gradients(5, SHAPES, dtype, missing=some_missing, layout=layout)
+    counter, leak = torch.tensor([11.0, 2.0], dtype=torch.float64), torch.tensor([0.0, 1.0, 0.5, 0.0, 0.25])
+    for leaks in (None, leak):
+        out = [t.fill_(torch.nan) for t in gradients(1, SHAPES, dtype, layout=layout)[0]]
+        norm = ops.sign_drop_(out, rows, counter, leaks, backend="cuda")
+        assert_one_sign(out, rows, counter, leaks, [dtype] * len(SHAPES))
+        torch.testing.assert_close(norm, flat(out).square().sum().reshape(1), rtol=TOLERANCE[dtype], atol=0)
 
 
 def test_ema_into_other_layouts():

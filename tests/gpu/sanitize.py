@@ -30,6 +30,9 @@ def stream(dtype: torch.dtype, tasks: int, offset: int) -> None:
     for scales in (None, weights):
         ops.ema_(out, state, grads, 0.9, scales, backend=BACKEND)
     ops.accumulate_squares_(out, state, grads, 1e-7, backend=BACKEND)
+    counter = torch.ones(2, dtype=torch.float64, device="cuda")
+    for leak in (None, weights):
+        ops.sign_drop_(row(dtype, offset), grads, counter, leak, backend=BACKEND)
     for accumulate in (False, True):
         ops.combine_(row(dtype, offset), grads, weights, accumulate=accumulate, backend=BACKEND)
     for status in (0, 1):

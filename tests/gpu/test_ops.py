@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from oracle import assert_no_worse, assert_squares, assert_sum, expected_gram
+from oracle import assert_no_worse, assert_one_sign, assert_squares, assert_sum, expected_gram
 from samplers import WELL_POSED, gradients, gramian, jacobian, per_task_of
 from tolerances import SOLVER, TOLERANCES
 from torch import Tensor
@@ -131,6 +131,33 @@ def test_the_sum_may_be_written_over_a_row(gpu_backend, row):
     ops.combine_(placed[row], placed, torch.tensor([0.5, 2.0, -1.0], device="cuda"), backend=gpu_backend)
     for p, found in enumerate(placed[row]):
         assert_sum(found.cpu(), [(w, r[p]) for w, r in zip((0.5, 2.0, -1.0), rows, strict=True)], torch.float32, p)
+
+
+@pytest.mark.parametrize("leaks", [False, True])
+@pytest.mark.parametrize("tasks", [1, 3, 9, 64])
+@pytest.mark.parametrize(("dtype", "out_dtype"), COMBINED)
+def test_sign_drop(gpu_backend, dtype, out_dtype, tasks, leaks):
+    sizes = sizes_for(tasks)
+    rows = gradients(tasks, sizes, dtype, missing=some_missing)
+    out = poisoned([t.cuda() for t in gradients(1, sizes, out_dtype)[0]])
+    counter = torch.tensor([2.0**40 + 5, 2.0**33 + 3], dtype=torch.float64)
+    leak = torch.linspace(0, 1, tasks) if leaks else None
+    on_device = None if leak is None else leak.cuda()
+    norm = ops.sign_drop_(out, on_gpu(rows), counter.cuda(), on_device, backend=gpu_backend)
+    found = [t.cpu() for t in out]
+    assert_one_sign(found, rows, counter, leak, [dtype] * len(sizes))
+    want = sum(t.double().square().sum() for t in found).reshape(1)
+    torch.testing.assert_close(norm.cpu(), want, rtol=1e-5, atol=0)
+
+
+@pytest.mark.skipif(_native.module is None, reason="compares with the compiled CPU kernels")
+@pytest.mark.parametrize("dtype", ops.DTYPES)
+def test_sign_drop_has_the_bits_of_the_cpu(gpu_backend, dtype):
+    rows, counter = gradients(5, SIZES, dtype), torch.tensor([3.0, 4.0], dtype=torch.float64)
+    found, want = poisoned([t.cuda() for t in rows[0]]), poisoned(rows[0])
+    ops.sign_drop_(found, on_gpu(rows), counter.cuda(), backend=gpu_backend)
+    ops.sign_drop_(want, rows, counter, backend="cpu")
+    assert all(torch.equal(a.cpu(), b) for a, b in zip(found, want, strict=True))
 
 
 @pytest.mark.parametrize("tasks", [1, 3, 9])

@@ -13,6 +13,7 @@ F64, BF16, INT, LONGER = F32.double(), F32.bfloat16(), F32.int(), torch.full((4,
 SPARSE = F32.to_sparse()
 GRAM, LOSSES, STATE = torch.eye(2, dtype=torch.float64), torch.ones(2), torch.ones(2, dtype=torch.float64)
 ONE = torch.ones(1)
+COUNTER = torch.zeros(2, dtype=torch.float64)
 WRITTEN = (F32, F64, BF16, INT, LONGER, STATE)
 
 
@@ -26,6 +27,10 @@ def squares(out=F32, state=None, grads=F32, eps=1e-7):
 
 def combine(out, rows, weights=None):
     return lambda: ops.combine_(out, rows, torch.ones(len(rows)) if weights is None else weights)
+
+
+def drop(out, rows, counter=COUNTER, leak=None):
+    return lambda: ops.sign_drop_(out, rows, counter, leak)
 
 
 def solve(*arguments, **named):
@@ -87,6 +92,13 @@ CALLS = {
         ValueError,
         "combine_ … grads[1][1] … (3,) … found (4,)",
     ),
+    # sign_drop_
+    "more outputs to drop": (drop([F32, F32], [[F32]]), ValueError, "sign_drop_ … out … 1 tensors … found 2"),
+    "float32 into float64, dropped": (drop([F64], [[F32]]), ValueError, "sign_drop_ … out[0] … float32 … float64"),
+    "three counters": (drop([F32], [[F32]], STATE[[0, 1, 1]]), ValueError, "sign_drop_ … counter … (2,) … found (3,)"),
+    "float32 counter": (drop([F32], [[F32]], LOSSES), ValueError, "sign_drop_ … counter … float64 … found … float32"),
+    "more leaks": (drop([F32], [[F32]], leak=LOSSES), ValueError, "sign_drop_ … leak … (1,) … found (2,)"),
+    "whole leaks": (drop([F32], [[F32]], leak=ONE.int()), TypeError, "sign_drop_ … leak … floating … torch.int32"),
     # solve
     "unknown method": (solve("mgda", GRAM), ValueError, "solve … method … nash_mtl … found 'mgda'"),
     "norms for a Gramian": (solve("nash_mtl", LOSSES), ValueError, "solve … gram … K×K Gramian … found (2,)"),

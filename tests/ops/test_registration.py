@@ -27,6 +27,7 @@ def some_missing(k, p):
 
 GRAM, LOSSES = gramian(jacobian("random", 3)), torch.tensor([0.5, 1.0, 2.0])
 STATE = torch.ones(3, dtype=torch.float64)
+COUNTER = torch.tensor([7.0, 3.0], dtype=torch.float64)
 DECAY = torch.tensor(0.9, dtype=torch.float64)
 
 CALLS = {
@@ -50,6 +51,11 @@ CALLS = {
     ),
     "combine_": (OPS.combine_, (rows(seed=1)[:3], rows(), LOSSES)),
     "combine_, missing entries": (OPS.combine_, (rows(seed=1)[:3], rows(missing=some_missing), LOSSES, True)),
+    "sign_drop_": (OPS.sign_drop_, (rows(seed=1)[:3], rows(), COUNTER, 3)),
+    "sign_drop_, leaks and missing entries": (
+        OPS.sign_drop_,
+        (rows(seed=1)[:3], rows(torch.float16, missing=some_missing), COUNTER, 3, LOSSES),
+    ),
     "solve equal": (OPS.solve, ("equal", GRAM, None, None, [], None)),
     "solve emtl": (OPS.solve, ("emtl", GRAM.diagonal(), LOSSES, None, [0.5, 0.0], None)),
     "solve imtl_g": (OPS.solve, ("imtl_g", GRAM, None, None, [0.0], None)),

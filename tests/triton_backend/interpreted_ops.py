@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from oracle import assert_squares, assert_sum, expected_gram
+from oracle import assert_one_sign, assert_squares, assert_sum, expected_gram
 from samplers import LAYOUTS, gradients, per_task_of
 from tolerances import TOLERANCES
 
@@ -214,6 +214,50 @@ def test_a_non_finite_gradient_stays_where_it_is():
     out = torch.empty(CHUNK + 3)
     ops.combine_([out], [row], torch.ones(1), backend="triton")
     assert out.isfinite().logical_not().nonzero().flatten().tolist() == [CHUNK]
+
+
+# ---- One sign in each element ------------------------------------------------------------------------------------
+
+
+def check_one_sign(out, rows, leak, dtypes):
+    counter = torch.tensor([2.0**40 + 5, 2.0**33 + 3], dtype=torch.float64)
+    copies = [[None if t is None else t.clone() for t in row] for row in rows]
+    norm = ops.sign_drop_(out, rows, counter, leak, backend="triton")
+    assert_one_sign(out, copies, counter, leak, dtypes, slack=2**-7)  # the interpreter truncates to bfloat16
+    torch.testing.assert_close(norm, sum(o.double().square().sum() for o in out).reshape(1), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("tasks", TASKS)
+@pytest.mark.parametrize("dtype", ops.DTYPES)
+def test_sign_drop(dtype, tasks):
+    rows = gradients(tasks, SIZES, dtype, missing=lambda k, p: p == 2 or (k, p) == (1, 4))
+    for leak in (None, torch.linspace(0, 1, tasks)):
+        check_one_sign(outputs(SIZES, dtype, False), rows, leak, [dtype] * len(SIZES))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_sign_drop_every_layout(layout):
+    rows = gradients(3, SHAPES, torch.float32, layout=layout)
+    for out_layout in ("contiguous", "transposed", "gaps"):
+        check_one_sign(outputs(SHAPES, torch.float32, False, out_layout), rows, None, [torch.float32] * len(SHAPES))
+
+
+def test_sign_drop_over_a_row_and_of_mixed_dtypes():
+    dtypes = [dtype for dtype, _ in DTYPE_PAIRS]
+    sizes = [33 + 50 * p for p in range(len(DTYPE_PAIRS))]
+    rows = gradients(3, sizes, dtypes)
+    check_one_sign(outputs(sizes, [out for _, out in DTYPE_PAIRS], False), rows, None, dtypes)
+    check_one_sign(rows[0], rows, None, dtypes)
+
+
+@pytest.mark.parametrize("entry", [torch.nan, torch.inf, -torch.inf])
+def test_sign_drop_of_a_non_finite_gradient(entry):
+    rows = gradients(3, [5, CHUNK + 3], torch.float32)
+    rows[1][1][CHUNK] = entry
+    out = outputs([5, CHUNK + 3], torch.float32, True)
+    norm = ops.sign_drop_(out, rows, torch.zeros(2, dtype=torch.float64), backend="triton")
+    assert [o.isnan().nonzero().flatten().tolist() for o in out] == [[], [CHUNK]]
+    assert not norm.isfinite()
 
 
 # ---- Moving averages ---------------------------------------------------------------------------------------------
