@@ -115,6 +115,20 @@ def test_losses_before_any_usable_step_teach_nothing(backend):
     assert not training.rule.logits.any()
 
 
+def test_steps_whose_fall_is_not_told_teach_nothing(backend):
+    """Nor does a fall count twice."""
+    training = Training(FAMO(), backend, None)
+    for losses in LOSSES[:3]:
+        training.step(losses)
+        assert not training.rule.logits.any()
+    training.balancer.after_step(LOSSES[3])
+    training.step(LOSSES[3])
+    taught = training.rule.logits
+    assert taught.any()
+    training.step(LOSSES[2])
+    assert torch.equal(training.rule.logits, taught)
+
+
 def test_only_the_first_losses_of_a_step_are_taken(backend):
     """What is told again is not of that step's batch."""
     found = []
