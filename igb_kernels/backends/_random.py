@@ -1,5 +1,4 @@
-"""Random numbers without a state, as csrc/core/philox.h makes them, for the references: Philox4x32-10 (Salmon et al., SC
-2011) turns a key and a counter into four words."""
+"""Random numbers without a state, as csrc/core/philox.h makes them: Philox4x32-10 (Salmon et al., SC 2011)."""
 
 from __future__ import annotations
 

@@ -5,14 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from igb_kernels.backends._philox import philox_words
+from igb_kernels._seed import check_seed, drawn_seed
+from igb_kernels.backends._random import philox_words
 from igb_kernels.backends.reference import Problem
 from igb_kernels.gradients.base import GradientBalancer
 
 SEED, STEP, STATE_COUNT = range(3)
 """Layout of the state's beginning."""
-SEEDS = 2**53
-"""Those that float64, the state's dtype, holds exactly."""
 
 
 class VisitingGradientBalancer(GradientBalancer):
@@ -20,16 +19,13 @@ class VisitingGradientBalancer(GradientBalancer):
 
     def __init__(self, seed: int | None) -> None:
         super().__init__()
-        if seed is not None and (not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed < SEEDS):
-            raise ValueError(f"seed must be None or an integer, 0 to 2**53 - 1; found {seed!r}")
-        self.seed = seed
+        self.seed = check_seed(seed)
 
     def start(self, tasks: int, device: torch.device) -> None:
         starts = self.state is None
         super().start(tasks, device)
         if starts and self.state is not None:
-            seed = int(torch.randint(SEEDS, (), device="cpu")) if self.seed is None else self.seed
-            self.state[SEED].fill_(seed)
+            self.state[SEED].fill_(drawn_seed(self.seed))
 
     def __repr__(self) -> str:
         options = "".join(f", {name}={value:g}" for name, value in self.options().items())

@@ -149,22 +149,6 @@ class GradientBalancer:
         return f"{type(self).__name__}({', '.join(f'{k}={v:g}' for k, v in self.options().items())})"
 
 
-LARGEST_SEED = 2**53 - 1
-"""The largest integer up to which a float64 state holds every one."""
-
-
-def check_seed(seed: int | None) -> int | None:
-    """`seed`, which must be None or an integer that a float64 state holds."""
-    if seed is not None and (not isinstance(seed, int) or not 0 <= seed <= LARGEST_SEED):
-        raise ValueError(f"seed must be None or an integer from 0 to 2^53 - 1, found {seed!r}")
-    return seed
-
-
-def drawn_seed(seed: int | None) -> int:
-    """`seed`, or one from torch's global generator on the CPU."""
-    return int(torch.randint(LARGEST_SEED, ())) if seed is None else seed
-
-
 def check_preference(preference: Sequence[float] | Tensor | None) -> Tensor | None:
     """A preference [K] as float64: finite, not negative, not all 0."""
     if preference is None:

@@ -8,10 +8,11 @@ import torch
 from torch import Tensor
 
 from igb_kernels import ops
+from igb_kernels._seed import check_seed, drawn_seed
 from igb_kernels.backends.reference import Problem
 from igb_kernels.card import Card
 from igb_kernels.gradients._reference import measure
-from igb_kernels.gradients.base import GradientBalancer, Needs, check_seed, drawn_seed
+from igb_kernels.gradients.base import GradientBalancer, Needs
 from igb_kernels.status import Status
 
 

@@ -44,4 +44,4 @@ def _reference(problem: LossProblem) -> tuple[Tensor, Status]:
     if (losses.amin() == 0) and not (losses < 0).any():
         return torch.zeros_like(losses), Status.NON_POSITIVE_LOSS
     clamped = losses.clamp_min(TINY)
-    return unless_negative(losses, (clamped ** (1 / tasks)).prod() / (tasks * clamped))
+    return unless_negative(losses, (clamped ** (1 / tasks)).prod() / clamped / tasks)

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from igb_kernels import ops
+from igb_kernels._seed import check_seed, drawn_seed
 from igb_kernels.backends._random import normals
 from igb_kernels.backends.reference import LossProblem
 from igb_kernels.card import Card
@@ -13,8 +14,6 @@ from igb_kernels.losses.base import LossBalancer
 from igb_kernels.status import Status
 
 TOTALS = ("one", "tasks")
-SEEDS = 1 << 53
-"""Seeds are below this: a float64 holds them."""
 
 
 class RLW(LossBalancer):
@@ -44,19 +43,16 @@ class RLW(LossBalancer):
 
     def __init__(self, seed: int | None = None, *, total: str = "one") -> None:
         super().__init__()
-        if seed is not None and (not isinstance(seed, int) or not 0 <= seed < SEEDS):
-            raise ValueError(f"seed must be None or an integer of at least 0, below 2^53; found {seed!r}")
         if total not in TOTALS:
             raise ValueError(f"total must be one of {TOTALS}, found {total!r}")
-        self.seed, self.total = seed, total
+        self.seed, self.total = check_seed(seed), total
 
     def options(self) -> dict[str, float]:
         return {"times_tasks": float(TOTALS.index(self.total))}
 
     def start(self, tasks: int, device: torch.device) -> None:
         if self.state is None:
-            seed = int(torch.randint(SEEDS, (), device="cpu")) if self.seed is None else self.seed
-            self.state = torch.tensor([seed, 0.0], dtype=torch.float64, device=device)
+            self.state = torch.tensor([drawn_seed(self.seed), 0.0], dtype=torch.float64, device=device)
 
     def __repr__(self) -> str:
         return f"RLW(seed={self.seed}, total={self.total!r})"
@@ -66,7 +62,7 @@ class RLW(LossBalancer):
 def _reference(problem: LossProblem) -> tuple[Tensor, Status]:
     tasks, state = len(problem.losses), problem.state
     assert state is not None  # checked by the op
-    weights = weights_of(torch.tensor(normals(int(state[0]), int(state[1]), tasks), dtype=torch.float64))
+    weights = weights_of(normals(int(state[0]), int(state[1]), tasks))
     state[1] += 1
     return weights * (tasks if problem.options["times_tasks"] else 1), Status(0)
 

@@ -10,9 +10,10 @@ import torch
 from samplers import gramian, jacobian
 
 from igb_kernels import Balancer, ops
-from igb_kernels.backends._philox import philox, philox_words
+from igb_kernels._seed import SEEDS
+from igb_kernels.backends._random import philox, philox_words
 from igb_kernels.gradients import GradVac, PCGrad
-from igb_kernels.gradients._visits import SEEDS, random_orders
+from igb_kernels.gradients._visits import random_orders
 
 METHODS = {"pcgrad": PCGrad, "gradvac": GradVac}
 every_method = pytest.mark.parametrize("method", METHODS)

@@ -64,6 +64,13 @@ CALLS = {
     "loss_scales none": (OPS.loss_scales, ("none", LOSSES, None, [], None)),
     "loss_scales log": (OPS.loss_scales, ("log", LOSSES, None, [1e-8], None)),
     "loss_scales igb_v1": (OPS.loss_scales, ("igb_v1", LOSSES.double(), LOSSES, [], None)),
+    "loss_scales uw": (OPS.loss_scales, ("uw", LOSSES, LOSSES, [], STATE)),
+    "loss_scales rlw": (OPS.loss_scales, ("rlw", LOSSES, None, [0.0], STATE[:2])),
+    "loss_scales dwa": (OPS.loss_scales, ("dwa", LOSSES, GRAM[:2], [2.0], None)),
+    "loss_scales gls": (OPS.loss_scales, ("gls", LOSSES, None, [], None)),
+    "loss_scales stch": (OPS.loss_scales, ("stch", LOSSES, GRAM[:2], [1.0, 0.0], None)),
+    "loss_scales famo": (OPS.loss_scales, ("famo", LOSSES, None, [1e-3, 0.025], STATE.repeat(6)[:17])),
+    "loss_scales ldc_mtl": (OPS.loss_scales, ("ldc_mtl", LOSSES, GRAM[:2], [0.0, 0.0, 1.0, 0.05], STATE.repeat(2))),
     "loss_scales imtl_l": (OPS.loss_scales, ("imtl_l", LOSSES, LOSSES, [], STATE)),
     "rollback_": (OPS.rollback_, (rows()[:3], [None, *rows(seed=1)[1:3]], torch.ones((), dtype=torch.int32))),
 }

@@ -21,10 +21,11 @@ PACKAGE = ROOT / "igb_kernels"
 CSRC = ROOT / "csrc"
 MODULES = sorted(path for path in PACKAGE.rglob("*.py"))
 
-FOUNDATION = {"_log", "status", "card"}
+FOUNDATION = {"_log", "_seed", "status", "card"}
 OPERATIONS = FOUNDATION | {"backends", "ops"}
 ALLOWED = {
     "_log": set(),
+    "_seed": set(),
     "status": set(),
     "card": set(),
     "_native": {"_C"},
