@@ -9,9 +9,12 @@
 #include "gramian.h"
 #include "platform.h"
 #include "problem.h"
+#include "solvers/aligned_mtl.h"
+#include "solvers/config.h"
 #include "solvers/db_mtl.h"
 #include "solvers/emtl.h"
 #include "solvers/equal.h"
+#include "solvers/fairgrad.h"
 #include "solvers/imtl_g.h"
 #include "solvers/nash_mtl.h"
 #include "status.h"
@@ -24,7 +27,10 @@ namespace igb {
   method(db_mtl, DbMtl)     \
   method(emtl, Emtl)        \
   method(imtl_g, ImtlG)     \
-  method(nash_mtl, NashMtl)
+  method(nash_mtl, NashMtl) \
+  method(fairgrad, FairGrad) \
+  method(aligned_mtl, AlignedMtl) \
+  method(config, Config)
 
 enum class Method : int {
 #define IGB_ENUMERATOR(name, Solver) name,

@@ -1,9 +1,12 @@
 """Gradient balancing: one file per method."""
 
+from igb_kernels.gradients.aligned_mtl import AlignedMTL
 from igb_kernels.gradients.base import GradientBalancer, Needs
+from igb_kernels.gradients.config import ConFIG
 from igb_kernels.gradients.db_mtl import DBMTL
 from igb_kernels.gradients.emtl import EMTL
 from igb_kernels.gradients.equal import Equal
+from igb_kernels.gradients.fairgrad import FairGrad
 from igb_kernels.gradients.imtl_g import IMTLG
 from igb_kernels.gradients.nash_mtl import NashMTL
 
@@ -15,6 +18,9 @@ METHODS: dict[str, type[GradientBalancer]] = {
         EMTL,
         IMTLG,
         NashMTL,
+        FairGrad,
+        AlignedMTL,
+        ConFIG,
     )
 }
 
@@ -23,7 +29,10 @@ __all__ = [
     "EMTL",
     "IMTLG",
     "METHODS",
+    "AlignedMTL",
+    "ConFIG",
     "Equal",
+    "FairGrad",
     "GradientBalancer",
     "NashMTL",
     "Needs",

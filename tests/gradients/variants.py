@@ -87,6 +87,11 @@ VARIANTS = [
     Variant("imtl_g", {"descent_safe": 1.0}),
     Variant("nash_mtl", {"max_norm": 0.0}),
     Variant("nash_mtl", {"max_norm": 1.0}),
+    *(Variant("fairgrad", {"alpha": a}, degree=(1 - a) / (1 + a)) for a in (0.0, 0.5, 1.0, 2.0, 5.0)),
+    # The preference 1/K counts tasks without gradient; copies among rows of other lengths differ by rounding.
+    *(Variant("aligned_mtl", {"scale": s}, weightless=False, unique=False) for s in (0, 1, 2)),
+    Variant("aligned_mtl", {"scale": 2}, per_task=lambda tasks: torch.ones(tasks), unique=False),
+    Variant("config"),
 ]
 
 KNOWN_ALONE = ("equal", "db_mtl", "emtl", "imtl_g", "nash_mtl")
