@@ -3,7 +3,7 @@
 from igb_kernels import ops
 from igb_kernels.backends import backends
 from igb_kernels.balancer import Balancer
-from igb_kernels.gradients import DBMTL, EMTL, IMTLG, AlignedMTL, ConFIG, Equal, FairGrad, NashMTL
+from igb_kernels.gradients import DBMTL, EMTL, IMTLG, Equal, NashMTL
 from igb_kernels.losses import IMTLL, IGBv1, Log
 from igb_kernels.status import Status
 
@@ -14,11 +14,8 @@ __all__ = [
     "EMTL",
     "IMTLG",
     "IMTLL",
-    "AlignedMTL",
     "Balancer",
-    "ConFIG",
     "Equal",
-    "FairGrad",
     "IGBv1",
     "Log",
     "NashMTL",

@@ -12,7 +12,8 @@ from samplers import NONSINGULAR, WELL_POSED, gramian, jacobian
 from variants import Variant, update_distance
 
 import igb_kernels as igb
-from igb_kernels import AlignedMTL, Status, ops
+from igb_kernels import Status, ops
+from igb_kernels.gradients import AlignedMTL
 from igb_kernels.gradients.aligned_mtl import SCALES
 
 GOLDEN = cases(*(f"aligned_mtl__torchjd_{scale}" for scale in SCALES))

@@ -11,7 +11,8 @@ from samplers import NONSINGULAR, WELL_POSED, gramian, jacobian
 from variants import Variant, projections, update_distance
 
 import igb_kernels as igb
-from igb_kernels import ConFIG, Status, ops
+from igb_kernels import Status, ops
+from igb_kernels.gradients import ConFIG
 
 CONFIG = Variant("config")
 
