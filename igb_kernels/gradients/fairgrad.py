@@ -24,7 +24,7 @@ class FairGrad(GradientBalancer):
     the gradients grow.
 
     Args:
-        alpha: α, at least 0. With α of 50 or more and gradients of very different norms the weights span hundreds of
+        alpha: α, at least 0. With α of 20 or more and gradients of very different norms the weights span hundreds of
             decades, and the iterations may not suffice (status ITERATION_CAP; the weights are finite).
         max_norm: the update's norm is clipped to this; 0: no clipping.
     """
