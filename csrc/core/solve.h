@@ -9,10 +9,13 @@
 #include "gramian.h"
 #include "platform.h"
 #include "problem.h"
+#include "solvers/aligned_mtl.h"
+#include "solvers/config.h"
 #include "solvers/db_mtl.h"
 #include "solvers/emtl.h"
 #include "solvers/equal.h"
 #include "solvers/excess_mtl.h"
+#include "solvers/fairgrad.h"
 #include "solvers/grad_drop.h"
 #include "solvers/grad_norm.h"
 #include "solvers/gradvac.h"
@@ -27,19 +30,22 @@
 namespace igb {
 
 // The name in Python, and the solver.
-#define IGB_METHODS(method)     \
-  method(equal, Equal)          \
-  method(db_mtl, DbMtl)         \
-  method(emtl, Emtl)            \
-  method(excess_mtl, ExcessMtl) \
-  method(grad_drop, GradDrop)   \
-  method(grad_norm, GradNorm)   \
-  method(gradvac, Gradvac)      \
-  method(imtl_g, ImtlG)         \
-  method(moco, MoCo)            \
-  method(modo, MoDo)            \
-  method(nash_mtl, NashMtl)     \
-  method(pcgrad, Pcgrad)        \
+#define IGB_METHODS(method)       \
+  method(equal, Equal)            \
+  method(aligned_mtl, AlignedMtl) \
+  method(config, Config)          \
+  method(db_mtl, DbMtl)           \
+  method(emtl, Emtl)              \
+  method(excess_mtl, ExcessMtl)   \
+  method(fairgrad, FairGrad)      \
+  method(grad_drop, GradDrop)     \
+  method(grad_norm, GradNorm)     \
+  method(gradvac, Gradvac)        \
+  method(imtl_g, ImtlG)           \
+  method(moco, MoCo)              \
+  method(modo, MoDo)              \
+  method(nash_mtl, NashMtl)       \
+  method(pcgrad, Pcgrad)          \
   method(sdm_grad, SdmGrad)
 
 enum class Method : int {

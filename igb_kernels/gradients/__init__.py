@@ -1,10 +1,13 @@
 """Gradient balancing: one file per method."""
 
+from igb_kernels.gradients.aligned_mtl import AlignedMTL
 from igb_kernels.gradients.base import GradientBalancer
+from igb_kernels.gradients.config import ConFIG
 from igb_kernels.gradients.db_mtl import DBMTL
 from igb_kernels.gradients.emtl import EMTL
 from igb_kernels.gradients.equal import Equal
 from igb_kernels.gradients.excess_mtl import ExcessMTL
+from igb_kernels.gradients.fairgrad import FairGrad
 from igb_kernels.gradients.grad_drop import GradDrop
 from igb_kernels.gradients.grad_norm import GradNorm
 from igb_kernels.gradients.gradvac import GradVac
@@ -19,9 +22,12 @@ METHODS: dict[str, type[GradientBalancer]] = {
     method.name: method
     for method in (
         Equal,
+        AlignedMTL,
+        ConFIG,
         DBMTL,
         EMTL,
         ExcessMTL,
+        FairGrad,
         GradDrop,
         GradNorm,
         GradVac,
@@ -38,8 +44,11 @@ __all__ = [
     "DBMTL",
     "EMTL",
     "IMTLG",
+    "AlignedMTL",
+    "ConFIG",
     "Equal",
     "ExcessMTL",
+    "FairGrad",
     "GradDrop",
     "GradNorm",
     "GradVac",

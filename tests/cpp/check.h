@@ -86,6 +86,7 @@ inline Vector default_options(igb::Method method) {
     case igb::Method::emtl: return {0.5, 0.0};
     case igb::Method::imtl_g: return {0.0};
     case igb::Method::nash_mtl: return {0.0, 0.0};
+    case igb::Method::fairgrad: return {5.0, 0.0};
     default: return Vector(igb::option_count(method), 0.5);  // not more than a solve that must end and be finite
   }
 }

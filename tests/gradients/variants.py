@@ -115,6 +115,11 @@ VARIANTS = [
         "grad_norm", {"alpha": 0.5, "direct": 1.0}, per_task=learned, weightless=False, symmetric=False, unique=False
     ),
     Variant("grad_norm", {"wait": 1.0}, per_task=learned, unique=False),
+    *(Variant("fairgrad", {"alpha": a}, degree=(1 - a) / (1 + a)) for a in (0.0, 0.5, 1.0, 2.0, 5.0)),
+    # The preference 1/K counts tasks without gradient; copies among rows of other lengths differ by rounding.
+    *(Variant("aligned_mtl", {"scale": s}, weightless=False, unique=False) for s in (0, 1, 2)),
+    Variant("aligned_mtl", {"scale": 2}, per_task=lambda tasks: torch.ones(tasks), unique=False),
+    Variant("config"),
 ]
 
 KNOWN_ALONE = ("equal", "db_mtl", "emtl", "imtl_g", "nash_mtl")
