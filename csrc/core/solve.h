@@ -10,8 +10,10 @@
 #include "platform.h"
 #include "problem.h"
 #include "solvers/aligned_mtl.h"
+#include "solvers/cagrad.h"
 #include "solvers/config.h"
 #include "solvers/db_mtl.h"
+#include "solvers/dual_proj.h"
 #include "solvers/emtl.h"
 #include "solvers/equal.h"
 #include "solvers/excess_mtl.h"
@@ -20,11 +22,13 @@
 #include "solvers/grad_norm.h"
 #include "solvers/gradvac.h"
 #include "solvers/imtl_g.h"
+#include "solvers/mgda.h"
 #include "solvers/moco.h"
 #include "solvers/modo.h"
 #include "solvers/nash_mtl.h"
 #include "solvers/pcgrad.h"
 #include "solvers/sdm_grad.h"
+#include "solvers/upgrad.h"
 #include "status.h"
 
 namespace igb {
@@ -33,8 +37,10 @@ namespace igb {
 #define IGB_METHODS(method)       \
   method(equal, Equal)            \
   method(aligned_mtl, AlignedMtl) \
+  method(cagrad, CaGrad)          \
   method(config, Config)          \
   method(db_mtl, DbMtl)           \
+  method(dual_proj, DualProj)     \
   method(emtl, Emtl)              \
   method(excess_mtl, ExcessMtl)   \
   method(fairgrad, FairGrad)      \
@@ -42,11 +48,13 @@ namespace igb {
   method(grad_norm, GradNorm)     \
   method(gradvac, Gradvac)        \
   method(imtl_g, ImtlG)           \
+  method(mgda, Mgda)              \
   method(moco, MoCo)              \
   method(modo, MoDo)              \
   method(nash_mtl, NashMtl)       \
   method(pcgrad, Pcgrad)          \
-  method(sdm_grad, SdmGrad)
+  method(sdm_grad, SdmGrad)       \
+  method(upgrad, UpGrad)
 
 enum class Method : int {
 #define IGB_ENUMERATOR(name, Solver) name,

@@ -2,8 +2,10 @@
 
 from igb_kernels.gradients.aligned_mtl import AlignedMTL
 from igb_kernels.gradients.base import GradientBalancer
+from igb_kernels.gradients.cagrad import CAGrad
 from igb_kernels.gradients.config import ConFIG
 from igb_kernels.gradients.db_mtl import DBMTL
+from igb_kernels.gradients.dual_proj import DualProj
 from igb_kernels.gradients.emtl import EMTL
 from igb_kernels.gradients.equal import Equal
 from igb_kernels.gradients.excess_mtl import ExcessMTL
@@ -12,19 +14,23 @@ from igb_kernels.gradients.grad_drop import GradDrop
 from igb_kernels.gradients.grad_norm import GradNorm
 from igb_kernels.gradients.gradvac import GradVac
 from igb_kernels.gradients.imtl_g import IMTLG
+from igb_kernels.gradients.mgda import MGDA
 from igb_kernels.gradients.moco import MoCo
 from igb_kernels.gradients.modo import MoDo
 from igb_kernels.gradients.nash_mtl import NashMTL
 from igb_kernels.gradients.pcgrad import PCGrad
 from igb_kernels.gradients.sdm_grad import SDMGrad
+from igb_kernels.gradients.upgrad import UPGrad
 
 METHODS: dict[str, type[GradientBalancer]] = {
     method.name: method
     for method in (
         Equal,
         AlignedMTL,
+        CAGrad,
         ConFIG,
         DBMTL,
+        DualProj,
         EMTL,
         ExcessMTL,
         FairGrad,
@@ -32,11 +38,13 @@ METHODS: dict[str, type[GradientBalancer]] = {
         GradNorm,
         GradVac,
         IMTLG,
+        MGDA,
         MoCo,
         MoDo,
         NashMTL,
         PCGrad,
         SDMGrad,
+        UPGrad,
     )
 }
 
@@ -44,8 +52,11 @@ __all__ = [
     "DBMTL",
     "EMTL",
     "IMTLG",
+    "MGDA",
     "AlignedMTL",
+    "CAGrad",
     "ConFIG",
+    "DualProj",
     "Equal",
     "ExcessMTL",
     "FairGrad",
@@ -58,4 +69,5 @@ __all__ = [
     "NashMTL",
     "PCGrad",
     "SDMGrad",
+    "UPGrad",
 ]

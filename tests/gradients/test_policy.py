@@ -41,7 +41,7 @@ def test_without_any_gradient_weights_are_neutral(variant, backend, tasks):
 @every_variant
 @pytest.mark.parametrize("ratio", [1e-11, 1e-13])
 def test_a_gradient_vanishes_relative_to_the_largest(variant, backend, ratio):
-    """Below 1e-12 of the largest norm; DB-MTL's formula is sound for any."""
+    """Below 1e-12 of the largest norm, where the method is not sound for any."""
     norms = torch.tensor([1.0, ratio], dtype=torch.float64)
     weights, status = variant.solve(torch.diag(norms**2), backend=backend)
     vanishes = variant.inactive_ratio is not None and ratio <= variant.inactive_ratio

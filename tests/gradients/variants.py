@@ -120,6 +120,14 @@ VARIANTS = [
     *(Variant("aligned_mtl", {"scale": s}, weightless=False, unique=False) for s in (0, 1, 2)),
     Variant("aligned_mtl", {"scale": 2}, per_task=lambda tasks: torch.ones(tasks), unique=False),
     Variant("config"),
+    Variant("mgda", inactive_ratio=0.0, weightless=False, unique=False),
+    Variant("mgda", {"drop_zero": 1.0}, inactive_ratio=0.0, unique=False),
+    Variant("dual_proj", inactive_ratio=0.0, weightless=False, unique=False),
+    Variant("dual_proj", {"reg_eps": 1e-4}, inactive_ratio=0.0, weightless=False, unique=False),
+    Variant("upgrad", inactive_ratio=0.0, weightless=False, unique=False),
+    Variant("upgrad", {"reg_eps": 1e-4}, inactive_ratio=0.0, weightless=False, unique=False),
+    Variant("cagrad", inactive_ratio=0.0, weightless=False, unique=False),
+    Variant("cagrad", {"c": 0.9, "rescale": 1}, inactive_ratio=0.0, weightless=False, unique=False),
 ]
 
 KNOWN_ALONE = ("equal", "db_mtl", "emtl", "imtl_g", "nash_mtl")
