@@ -21,7 +21,7 @@ demo: $(VENV)/demo
 test: build lint
 	$(PY) -m pytest $(ARGS)
 
-bench: build
+bench: build $(VENV)/peers
 	$(PY) -m pytest benchmarks --benchmark-enable --benchmark-columns=median,iqr,rounds --benchmark-json=$(RESULTS) $(ARGS)
 
 gpu-check:
@@ -48,6 +48,12 @@ $(VENV)/demo: $(VENV)/tools
 
 $(VENV)/dev: $(VENV)/tools
 	$(PIP) install --quiet -c constraints.txt --no-build-isolation --editable ".[demo,dev]"
+	touch $@
+
+# What the solvers are compared with. LibMTL without its dependencies: an old torchvision is among them.
+$(VENV)/peers: $(VENV)/dev
+	$(PIP) install --quiet -c constraints.txt "torchjd[full]>=0.18" scipy
+	$(PIP) install --quiet --no-deps "LibMTL>=1.1.5"
 	touch $@
 
 clean:

@@ -37,6 +37,24 @@ def ema_norms(state: Tensor, rows: list[list[Tensor]], decay: float) -> tuple[Te
     return state, state.norm(dim=-1)
 
 
+def accumulate_squares(state: Tensor, rows: list[list[Tensor]], eps: float) -> tuple[Tensor, Tensor]:
+    """ExcessMTL's sums of squared gradients and the excess risks, as LibMTL forms them."""
+    jacobian = flatten(rows)
+    state = state + jacobian**2
+    return state, (jacobian * (1 / (state + eps).sqrt()) * jacobian).sum(dim=-1)
+
+
+def sign_drop(rows: list[list[Tensor]]) -> list[Tensor]:
+    """GradDrop of the parameters' gradients, as TorchJD forms it."""
+    jacobian = flatten(rows)
+    share = 0.5 * (1 + jacobian.sum(dim=0) / jacobian.abs().sum(dim=0))
+    drawn = torch.rand(share.shape, device=share.device, dtype=share.dtype)
+    total = torch.zeros_like(jacobian[0])
+    for row in jacobian:
+        total += ((share > drawn) & (row > 0) | (share < drawn) & (row < 0)) * row
+    return unflatten(total, rows[0])
+
+
 def step(losses: list[Tensor], shared: list[Tensor], weights_of: object) -> None:
     """A balanced step by flattening; `weights_of` maps the Gramian to weights."""
     rows = []

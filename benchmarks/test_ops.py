@@ -106,3 +106,42 @@ def test_ema(compare, device, backends, tasks: int, dtype: str) -> None:
     slow = {"eager": lambda: eager.ema_norms(flat_state, g.rows, 0.9), "reference": lambda: ours("reference")}
     wide = sum(t.numel() * t.element_size() for row in state for t in row)
     compare(ours, g.rivals(ours, backends), slow, rounds=ROUNDS, moved_bytes=g.bytes + 2 * wide)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("tasks", TASKS)
+def test_accumulate_squares(compare, device, backends, tasks: int, dtype: str) -> None:
+    g = Gradients(tasks, DTYPES[dtype], device)
+    state, new = ([[torch.ones(t.shape, device=device) for t in row] for row in g.rows] for _ in range(2))
+    size = g.bytes // tasks // g.rows[0][0].element_size()
+    flat_state = torch.ones(tasks, size, dtype=DTYPES[dtype], device=device)
+
+    def ours(backend: str = backends[0]) -> Tensor:
+        return igb.ops.accumulate_squares_(new, state, g.rows, 1e-7, backend=backend)
+
+    for backend in backends:
+        assert_close(ours(backend), eager.accumulate_squares(flat_state, g.rows, 1e-7)[1], 1e-2)
+    slow = {
+        "eager": lambda: eager.accumulate_squares(flat_state, g.rows, 1e-7),
+        "reference": lambda: ours("reference"),
+    }
+    wide = sum(t.numel() * t.element_size() for row in state for t in row)
+    compare(ours, g.rivals(ours, backends), slow, rounds=ROUNDS, moved_bytes=g.bytes + 2 * wide)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("tasks", TASKS)
+def test_sign_drop(compare, device, backends, tasks: int, dtype: str) -> None:
+    g = Gradients(tasks, DTYPES[dtype], device)
+    counter = torch.tensor([1.0, 2.0], dtype=torch.float64, device=device)
+
+    def ours(backend: str = backends[0]) -> Tensor:
+        return igb.ops.sign_drop_(g.out, g.rows, counter, backend=backend)
+
+    truth, norm = ours("reference"), torch.cat([t.flatten() for t in eager.sign_drop(g.rows)]).double().square().sum()
+    assert_close(norm.reshape(1), truth, 1e-2)  # other random numbers, the same sum on average
+    for backend in backends:
+        assert_close(ours(backend), truth, 1e-5)
+    slow = {"eager": lambda: eager.sign_drop(g.rows), "reference": lambda: ours("reference")}
+    moved = g.bytes + g.bytes // tasks
+    compare(ours, g.rivals(ours, backends), slow, rounds=ROUNDS, moved_bytes=moved)

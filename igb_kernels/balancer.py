@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -19,8 +19,9 @@ from igb_kernels.capture import (
     take_grads,
     task_passes,
 )
-from igb_kernels.gradients import METHODS, Equal, GradientBalancer, Needs
-from igb_kernels.losses import RULES, LossBalancer
+from igb_kernels.gradients import METHODS, Equal, GradientBalancer
+from igb_kernels.gradients.base import Needs
+from igb_kernels.losses import RULES, LearnedLossBalancer, LossBalancer
 from igb_kernels.ops import DTYPES, accumulator_dtype
 from igb_kernels.result import BalanceResult
 from igb_kernels.status import Status
@@ -30,6 +31,7 @@ from igb_kernels.store import (
     KeptGradients,
     MovingAverages,
     RunningSum,
+    SquaredGradients,
     TaskGradients,
     rows_in_cache,
 )
@@ -107,13 +109,18 @@ class Balancer:
         self._outgoing: list[Grads] | None = [] if self.shared[0].device.type == "cpu" else None
         self._head_leaves: list[Tensor] | None = None
 
-    def backward(self, losses: Losses, *, retain_graph: bool = False) -> BalanceResult:
+    def backward(
+        self, losses: Losses, *, independent: Sequence[Losses] = (), retain_graph: bool = False
+    ) -> BalanceResult:
         """Computes the balanced gradients and adds them to `.grad`; replaces `sum(losses).backward()`.
 
         Args:
             losses: K scalar tensors in a list, or a dict by task name, or one 1-D tensor (best made by torch.stack);
                 on the device of the shared parameters.
-            retain_graph: keep the graph for further backward passes, as in `torch.Tensor.backward`.
+            independent: for SDMGrad and MoDo, the same losses on one or two further batches. With two, the weights
+                come from these alone, and `losses` take two passes in all; with one, from it and `losses`. These passes
+                leave task-specific parameters alone.
+            retain_graph: keep the graphs for further backward passes, as in `torch.Tensor.backward`.
 
         Returns:
             What was done, as tensors on the losses' device; nothing is synchronised.
@@ -124,23 +131,67 @@ class Balancer:
             Whatever raises, `.grad` of the shared parameters (and of the heads that the first step reached) and the
             balancer's state stay as they were.
         """
-        tasks = TaskLosses(losses, self._names)
-        if tasks.values.device != self.shared[0].device:
-            raise ValueError(
-                f"losses must be on {self.shared[0].device} like the shared parameters, found {tasks.values.device}"
+        tasks = self._read(losses, self._names, "losses")
+        names = self._names or tasks.names
+        others = [self._read(batch, names, f"independent[{i}]", len(tasks)) for i, batch in enumerate(independent)]
+        if others and (not self.gradients.crosses or len(others) > 2):
+            rule = (
+                "hold at most two batches"
+                if self.gradients.crosses
+                else f"stay empty: {self.gradients.name} needs none"
             )
+            raise ValueError(f"independent must {rule}; found {len(others)}")
         if captures_graph(self.shared[0].device):
             self._check_capture()
         before = self.state_dict() if self._tasks is None else None
         try:
             self._start(tasks)
-            result = self._step(tasks, retain_graph)
+            result = self._step(tasks, others, retain_graph)
         except BaseException:
             if before is not None:
                 self.load_state_dict(before)
             raise
         self._names = self._names or tasks.names
         return result
+
+    def after_step(self, losses: Losses) -> None:
+        """Tells the losses after the optimizer's step, on the same batch: FAMO learns from them, other rules do not.
+
+        Args:
+            losses: as for `backward`, but without need for a graph.
+
+        Raises:
+            ValueError, TypeError: for losses that do not fit those of `backward`.
+            RuntimeError: before the first step.
+        """
+        tasks = self._read(losses, self._names, "losses", need_graph=False)
+        if self._tasks is None:
+            raise RuntimeError("after_step comes after backward, which has not been called")
+        self._check_number(tasks)
+        self.losses.after_step(tasks.values)
+
+    def _read(
+        self,
+        losses: Losses,
+        names: tuple[str, ...] | None,
+        argument: str,
+        expected: int | None = None,
+        *,
+        need_graph: bool = True,
+    ) -> TaskLosses:
+        """The losses of one batch, checked."""
+        tasks = TaskLosses(losses, names, argument, need_graph=need_graph)
+        if tasks.values.device != self.shared[0].device:
+            raise ValueError(
+                f"{argument} must be on {self.shared[0].device} like the shared parameters, found {tasks.values.device}"
+            )
+        if expected is not None and len(tasks) != expected:
+            raise ValueError(f"{argument} must hold {expected} tasks as losses does, found {len(tasks)}")
+        return tasks
+
+    def _check_number(self, tasks: TaskLosses) -> None:
+        if len(tasks) != self._tasks:
+            raise ValueError(f"losses must hold {self._tasks} tasks as in earlier steps, found {len(tasks)}")
 
     @property
     def _run(self) -> Backend:
@@ -158,19 +209,22 @@ class Balancer:
             self._tasks, self._names = len(tasks), tasks.names
             self.losses.start(len(tasks), tasks.values.device)
             self.gradients.start(len(tasks), self.shared[0].device)
-        elif len(tasks) != self._tasks:
-            raise ValueError(f"losses must hold {self._tasks} tasks as in earlier steps, found {len(tasks)}")
+        self._check_number(tasks)
         if self._head_leaves is None and self.heads == "scaled":
             shared = {id(p) for p in self.shared}
             self._head_leaves = [p for p in leaves(tasks) if isinstance(p, nn.Parameter) and id(p) not in shared]
 
-    def _step(self, tasks: TaskLosses, retain_graph: bool) -> BalanceResult:
+    def _step(self, tasks: TaskLosses, others: Sequence[TaskLosses], retain_graph: bool) -> BalanceResult:
         scales, loss_status = self.losses.scales(tasks.values, self._run)
         head_params = self.task_parameters or self._head_leaves or []
         with GradsSetAside(self.shared) as shared, GradsSetAside(head_params) as heads:
             needs = self.gradients.needs()
-            if needs is Needs.NOTHING:
+            if others:
+                weights, status, measured = self._crossed_passes(tasks, scales, others, retain_graph, shared, heads)
+            elif needs is Needs.NOTHING:
                 weights, status, measured = self._joint_pass(tasks, scales, retain_graph, shared, heads)
+            elif needs is Needs.ELEMENTS:
+                weights, status, measured = self._element_passes(tasks, scales, retain_graph, shared, heads)
             elif needs is Needs.HELD and self.heads == "weighted":
                 weights, status, measured = self._held_pass(tasks, scales, retain_graph, shared, heads)
             else:
@@ -184,36 +238,99 @@ class Balancer:
 
     def _task_passes(
         self, tasks: TaskLosses, scales: Tensor, retain_graph: bool, shared: GradsSetAside, heads: GradsSetAside
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
         """One pass for each task; weights from what they show; their weighted sum into `.grad`."""
         self._check_previous(shared, heads)
-        rows, head_rows = self._rows(len(tasks)), KeptGradients(self.task_parameters, self._run)
+        rows, head_rows = self._rows(tasks.values), KeptGradients(self.task_parameters, self._run)
         for grads in task_passes(tasks, scales, self.shared, retain_graph):
             rows.add(grads)
             del grads  # a store that does not keep them frees their memory for the next pass
             if self.task_parameters:
                 head_rows.add(take_grads(self.task_parameters, "task_parameters"))
-        uses_gram = self.gradients.needs() in (Needs.GRAM, Needs.HELD)
-        measured = rows.gram() if uses_gram else rows.sq_norms()
+        needs = self.gradients.needs()
+        if needs is Needs.EXCESS:
+            measured = rows.excess()
+        else:
+            measured = rows.gram() if needs in (Needs.GRAM, Needs.HELD) else rows.sq_norms()
         weights, status = self.gradients.solve(measured, tasks.values, scales, self._run)
         rows.write(weights, shared.previous)
         if self.task_parameters:
             head_rows.write(weights, heads.previous)
         rows.commit(status)
-        return weights, status, measured
+        return weights, status, None if needs is Needs.EXCESS else measured
+
+    def _element_passes(
+        self, tasks: TaskLosses, scales: Tensor, retain_graph: bool, shared: GradsSetAside, heads: GradsSetAside
+    ) -> tuple[Tensor, Tensor, None]:
+        """One pass for each task; then each element of `.grad` from some of the tasks, with weights 1."""
+        check_dense(shared.previous, "shared")
+        rows = KeptGradients(self.shared, self._run, self._outgoing)
+        for grads in task_passes(tasks, scales, self.shared, retain_graph):
+            rows.add(grads)
+        sq_norm = rows.write_of_one_sign(self.gradients.counter(), self.gradients.leak(), shared.previous)
+        _, status = self.gradients.solve(sq_norm, tasks.values, scales, self._run)
+        heads.add_back()
+        rows.commit(status)
+        return torch.ones_like(scales, dtype=torch.float64), status, None
+
+    def _crossed_passes(
+        self,
+        tasks: TaskLosses,
+        scales: Tensor,
+        others: Sequence[TaskLosses],
+        retain_graph: bool,
+        shared: GradsSetAside,
+        heads: GradsSetAside,
+    ) -> tuple[Tensor, Tensor, None]:
+        """Weights from the inner products of two batches' gradients, all scaled as `tasks` are."""
+        self._check_previous(shared, heads)
+        K = len(tasks)
+        pair = [KeptGradients(self.shared, self._run) for _ in range(2)]
+        head_rows = KeptGradients(self.task_parameters, self._run)
+        for rows, batch in zip(pair, others if len(others) == 2 else (tasks, *others), strict=True):
+            for grads in task_passes(batch, scales, self.shared, retain_graph, into_params_only=batch is not tasks):
+                rows.add(grads)
+                if batch is tasks and self.task_parameters:
+                    head_rows.add(take_grads(self.task_parameters, "task_parameters"))
+        both = self._run.Table([*pair[0].rows, *pair[1].rows], 2 * K)
+        weights, status = self.gradients.solve(self._run.gram(both, 2 * K)[:K, K:], tasks.values, scales, self._run)
+        if len(others) == 1:
+            pair[0].write(weights, shared.previous)
+            if self.task_parameters:
+                head_rows.write(weights, heads.previous)
+            else:
+                heads.add_back()
+        else:
+            self._weighted_pass(tasks, scales, weights, retain_graph)
+            status = status | (~self._sq_norm_of_sum().isfinite().reshape(())).int()  # the bit NON_FINITE
+            shared.add_back()
+            heads.add_back()
+        return weights, status, None
+
+    def _weighted_pass(self, tasks: TaskLosses, scales: Tensor, weights: Tensor, retain_graph: bool) -> None:
+        """The update by weights known before: one pass, and one for heads that take no weights."""
+        weighted, leaves_of_heads = scales * weights.to(scales.dtype), self._head_leaves or []
+        if self.heads == "weighted" or not leaves_of_heads:
+            joint_pass(tasks, weighted, retain_graph)
+            return
+        joint_pass(tasks, weighted, True, [p for p in self.shared if p.requires_grad])
+        joint_pass(tasks, scales, retain_graph, [p for p in leaves_of_heads if p.requires_grad])
 
     def _joint_pass(
         self, tasks: TaskLosses, scales: Tensor, retain_graph: bool, shared: GradsSetAside, heads: GradsSetAside
     ) -> tuple[Tensor, Tensor, None]:
         """One pass for all tasks, with weights 1; the gradients stay where autograd puts them."""
         joint_pass(tasks, scales, retain_graph)
-        total = [p.grad if p.grad is not None and p.grad.layout is torch.strided else None for p in self.shared]
-        sq_norm = self._run.sq_norms(self._run.Table(total, 1), 1)
-        _, status = self.gradients.solve(sq_norm, tasks.values, scales, self._run)
+        _, status = self.gradients.solve(self._sq_norm_of_sum(), tasks.values, scales, self._run)
         shared.add_back()
         heads.add_back()
         # Of the sum of the gradients it is only known whether it is finite.
         return torch.ones_like(scales, dtype=torch.float64), status & int(Status.NON_FINITE), None
+
+    def _sq_norm_of_sum(self) -> Tensor:
+        """Of what a joint pass left in `.grad` of the shared parameters, [1]."""
+        total = [p.grad if p.grad is not None and p.grad.layout is torch.strided else None for p in self.shared]
+        return self._run.sq_norms(self._run.Table(total, 1), 1)
 
     def _held_pass(
         self, tasks: TaskLosses, scales: Tensor, retain_graph: bool, shared: GradsSetAside, heads: GradsSetAside
@@ -236,11 +353,14 @@ class Balancer:
         if self.task_parameters:
             check_dense(heads.previous, "task_parameters")
 
-    def _rows(self, tasks: int) -> TaskGradients:
+    def _rows(self, losses: Tensor) -> TaskGradients:
         decay = self.gradients.ema_decay()
         if decay is not None:
-            return AveragedGradients(self.shared, self._run, self._averages, decay)
-        if self.gradients.needs() is Needs.RUNNING_NORMS and rows_in_cache(self.shared) < tasks:
+            scales = self.gradients.row_scales()
+            return AveragedGradients(self.shared, self._run, self._averages, decay, scales, losses)
+        if self.gradients.needs() is Needs.EXCESS:
+            return SquaredGradients(self.shared, self._run, self._averages, self._outgoing)
+        if self.gradients.needs() is Needs.RUNNING_NORMS and rows_in_cache(self.shared) < len(losses):
             method = self.gradients
             return RunningSum(self.shared, self._run, method.running_weight, method.running_factor)
         return KeptGradients(self.shared, self._run, self._outgoing)
@@ -351,15 +471,19 @@ def _methods(
 def _method(name: str) -> GradientBalancer:
     if name not in METHODS:
         raise ValueError(f"gradient balancing must be one of {sorted(METHODS)}, found {name!r}")
+    if name == "grad_norm":
+        raise ValueError("grad_norm has a parameter for each task: pass GradNorm(num_tasks=...) instead of its name")
     return METHODS[name]()
 
 
 def _rule(name: str) -> LossBalancer:
     if name not in RULES:
         raise ValueError(f"loss balancing must be one of {sorted(RULES)}, found {name!r}")
-    if name == "imtl_l":
-        raise ValueError("imtl_l has a parameter for each task: pass losses=IMTLL(num_tasks=...) instead of its name")
-    return RULES[name]()
+    rule = RULES[name]
+    if issubclass(rule, LearnedLossBalancer):
+        example = f"losses={rule.__name__}(num_tasks=...)"
+        raise ValueError(f"{name} has a parameter for each task: pass {example} instead of its name")
+    return rule()
 
 
 def _parameters(argument: str, given: Iterable[Tensor] | nn.Module) -> list[Tensor]:

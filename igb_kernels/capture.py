@@ -23,14 +23,25 @@ Losses = Sequence[Tensor] | Mapping[str, Tensor] | Tensor
 class TaskLosses:
     """K losses: their names, values, and the graph nodes from which their backward passes start."""
 
-    def __init__(self, losses: Losses, names: tuple[str, ...] | None) -> None:
-        """Reads and checks `losses`; `names` are those of earlier steps, if there were any."""
+    def __init__(
+        self,
+        losses: Losses,
+        names: tuple[str, ...] | None,
+        argument: str = "losses",
+        *,
+        need_graph: bool = True,
+    ) -> None:
+        """Reads and checks `losses`, which messages call `argument`; `names` are those known before, if any.
+
+        Without need for a graph there are only names and values.
+        """
+        self._argument, self._need_graph = argument, need_graph
         self.names: tuple[str, ...] | None = None
         if isinstance(losses, Mapping):
             self.names = tuple(losses) if names is None else names
             if set(self.names) != set(losses):
                 raise ValueError(
-                    f"losses must have the tasks {list(self.names)} of earlier steps, found {list(losses)}"
+                    f"{argument} must have the tasks {list(self.names)} of earlier steps, found {list(losses)}"
                 )
             losses = [losses[name] for name in self.names]
         self._whole: Tensor | None = None
@@ -42,7 +53,7 @@ class TaskLosses:
     def _read_scalars(self, losses: Iterable[Tensor]) -> None:
         scalars = list(losses)
         if not scalars:
-            raise ValueError("losses must hold at least one loss, found none")
+            raise ValueError(f"{self._argument} must hold at least one loss, found none")
         for k, loss in enumerate(scalars):
             if not isinstance(loss, Tensor):
                 raise TypeError(f"{self._label(k)} must be a tensor, found {type(loss).__name__}")
@@ -50,7 +61,7 @@ class TaskLosses:
                 raise ValueError(f"{self._label(k)} must be a scalar, found shape {tuple(loss.shape)}")
             if not loss.dtype.is_floating_point:
                 raise TypeError(f"{self._label(k)} must have a floating dtype, found {loss.dtype}")
-            if not loss.requires_grad:
+            if self._need_graph and not loss.requires_grad:
                 raise ValueError(f"{self._label(k)} must require grad: it does not depend on any parameter")
             if loss.device != scalars[0].device:
                 raise ValueError(f"{self._label(k)} must be on {scalars[0].device} like the first, found {loss.device}")
@@ -65,12 +76,16 @@ class TaskLosses:
 
     def _read_vector(self, losses: Tensor) -> None:
         if losses.dim() != 1 or len(losses) == 0:
-            raise ValueError(f"losses must be a 1-D tensor of at least one loss, found shape {tuple(losses.shape)}")
+            raise ValueError(
+                f"{self._argument} must be a 1-D tensor of at least one loss, found shape {tuple(losses.shape)}"
+            )
         if not losses.dtype.is_floating_point:
-            raise TypeError(f"losses must have a floating dtype, found {losses.dtype}")
+            raise TypeError(f"{self._argument} must have a floating dtype, found {losses.dtype}")
+        self.values, self.roots = losses.detach(), [losses] * len(losses)
+        if not self._need_graph:
+            return
         if not losses.requires_grad or losses.grad_fn is None:
-            raise ValueError("losses must require grad: they do not depend on any parameter")
-        self.values = losses.detach()
+            raise ValueError(f"{self._argument} must require grad: they do not depend on any parameter")
         node: Node = losses.grad_fn
         edges = node.next_functions if node.name() == "StackBackward0" else ()
         for k, (function, _) in enumerate(edges):
@@ -84,11 +99,11 @@ class TaskLosses:
                 "losses came as one tensor that torch.stack did not make: every backward pass runs all tasks' heads. "
                 "A list of scalar losses avoids that"
             )
-            self.roots, self._whole = [losses] * len(losses), losses
+            self._whole = losses
         self._alike = True
 
     def _label(self, k: int) -> str:
-        return f"losses[{k}]" if self.names is None else f"losses[{self.names[k]!r}]"
+        return f"{self._argument}[{k if self.names is None else repr(self.names[k])}]"
 
     def __len__(self) -> int:
         return len(self.roots)
@@ -107,22 +122,23 @@ class TaskLosses:
 
 
 def task_passes(
-    losses: TaskLosses, scales: Tensor, params: Sequence[Tensor], retain_graph: bool
+    losses: TaskLosses, scales: Tensor, params: Sequence[Tensor], retain_graph: bool, *, into_params_only: bool = False
 ) -> Iterator[list[Tensor | None]]:
     """Runs the K backward passes and yields after each the gradients of `params`, taken from them."""
     last = len(losses) - 1
+    inputs = [p for p in params if p.requires_grad] if into_params_only else None
     for k, (root, seed) in enumerate(zip(losses.roots, losses.seeds(scales), strict=True)):
-        torch.autograd.backward(root, seed, retain_graph=retain_graph or k < last)
+        torch.autograd.backward(root, seed, retain_graph=retain_graph or k < last, inputs=inputs)
         yield take_grads(params)
 
 
-def joint_pass(losses: TaskLosses, scales: Tensor, retain_graph: bool) -> None:
-    """One backward pass of Σ_k scales_k L_k; gradients stay where autograd puts them."""
+def joint_pass(losses: TaskLosses, scales: Tensor, retain_graph: bool, inputs: Sequence[Tensor] | None = None) -> None:
+    """One backward pass of Σ_k scales_k L_k, into `inputs` alone if given; gradients stay where autograd puts them."""
     if losses._whole is not None:
-        torch.autograd.backward(losses._whole, scales, retain_graph=retain_graph)
+        torch.autograd.backward(losses._whole, scales, retain_graph=retain_graph, inputs=inputs)
     else:
         roots = cast(Sequence[Tensor], losses.roots)  # the stub knows no mixture
-        torch.autograd.backward(roots, losses.seeds(scales), retain_graph=retain_graph)
+        torch.autograd.backward(roots, losses.seeds(scales), retain_graph=retain_graph, inputs=inputs)
 
 
 def take_grads(params: Sequence[Tensor], argument: str = "shared") -> list[Tensor | None]:

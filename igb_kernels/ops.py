@@ -5,7 +5,8 @@ Each is a `torch.library` op in the namespace `igb_kernels` (so it can be traced
 
 - `gram`, `sq_norms`: K×P gradients to their Gramian or squared norms, in one read of the gradients,
 - `ema_`: moving averages of gradients and their squared norms, in one pass,
-- `combine_`: the weighted sum of K gradients per parameter,
+- `accumulate_squares_`: sums of squared gradients over the steps, as Adagrad's, and what they make of the gradients,
+- `combine_`: the weighted sum of K gradients per parameter; `sign_drop_`: GradDrop's sum, of one sign per element,
 - `solve`: a method's weights from the Gramian; `loss_scales`: a rule's scales from the losses.
 
 Gradients are addressed where they are; nothing is flattened. `None` stands for a parameter that a task does not reach.
@@ -24,6 +25,7 @@ from igb_kernels.backends import OptionalTensors, reference, resolve
 NAMESPACE = "igb_kernels"
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 MAX_TASKS = 1024
+MIN_EPS = torch.finfo(torch.float32).tiny
 
 Row = Sequence[Tensor | None]
 Shape = Callable[[int], tuple[int, ...]]
@@ -165,6 +167,29 @@ def _check_like(op: str, name: str, tensors: OptionalTensors, like: OptionalTens
             )
 
 
+def _check_update(
+    op: str, out: Sequence[Tensor], state: OptionalTensors, grads: OptionalTensors, tasks: int
+) -> torch.device:
+    """`out` and `state` are accumulators for `grads`; returns the device of `out`."""
+    device = _check_rows(op, out, tasks, "out")
+    _check_rows(op, grads, tasks)
+    for i, t in enumerate(out):
+        if t.dtype is not accumulator_dtype(t.dtype):
+            raise ValueError(f"{op}: out[{i}] must be float32 or float64, found {t.dtype}")
+    _check_like(op, "out", out, grads, "accumulator")
+    _check_like(op, "state", state, out, "accumulator")
+    return device
+
+
+def _check_sum(op: str, out: Sequence[Tensor], grads: OptionalTensors, tasks: int) -> torch.device:
+    """A sum of the rows of `grads` can be written to `out`; returns the device of `out`."""
+    _check_rows(op, grads, tasks)
+    device = _check_rows(op, out, 1, "out")
+    for k in range(tasks):
+        _check_like(op, "out", out, grads[k * len(out) : (k + 1) * len(out)], "combined")
+    return device
+
+
 def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype in which sums and moving averages of gradients of `dtype` are kept."""
     return torch.float64 if dtype is torch.float64 else torch.float32
@@ -256,7 +281,8 @@ def _sq_norms(grads: list[Tensor | None], tasks: int, backend: str = "auto") -> 
 
 
 @_define(
-    "ema_(Tensor(a!)[] out, Tensor?[] state, Tensor?[] grads, Tensor decay, int tasks, str backend='auto') -> Tensor"
+    "ema_(Tensor(a!)[] out, Tensor?[] state, Tensor?[] grads, Tensor decay, int tasks, Tensor? scales=None, "
+    "str backend='auto') -> Tensor"
 )
 def _ema_(
     out: list[Tensor],
@@ -264,22 +290,43 @@ def _ema_(
     grads: list[Tensor | None],
     decay: Tensor,
     tasks: int,
+    scales: Tensor | None = None,
     backend: str = "auto",
 ) -> Tensor:
-    device = _check_rows("ema_", out, tasks, "out")
-    _check_rows("ema_", grads, tasks)
-    for i, t in enumerate(out):
-        if t.dtype is not accumulator_dtype(t.dtype):
-            raise ValueError(f"ema_: out[{i}] must be float32 or float64, found {t.dtype}")
-    _check_like("ema_", "out", out, grads, "accumulator")
-    _check_like("ema_", "state", state, out, "accumulator")
+    device = _check_update("ema_", out, state, grads, tasks)
     if decay.numel() != 1:
         raise ValueError(f"ema_: decay must be one number, found {decay.numel()}")
+    if scales is not None:
+        _check_vector("ema_", "scales", scales, (tasks,))
     run = resolve(backend, device.type)
     out_table = run.Table(out, tasks)
-    norms = run.ema_(out_table, run.Table(state, tasks, out_table), run.Table(grads, tasks, out_table), decay, tasks)
+    old, new = run.Table(state, tasks, out_table), run.Table(grads, tasks, out_table)
+    norms = run.ema_(out_table, old, new, decay, tasks, scales)
     torch.autograd.graph.increment_version(out)
     return norms
+
+
+@_define(
+    "accumulate_squares_(Tensor(a!)[] out, Tensor?[] state, Tensor?[] grads, float eps, int tasks, str backend='auto')"
+    " -> Tensor"
+)
+def _accumulate_squares_(
+    out: list[Tensor],
+    state: list[Tensor | None],
+    grads: list[Tensor | None],
+    eps: float,
+    tasks: int,
+    backend: str = "auto",
+) -> Tensor:
+    device = _check_update("accumulate_squares_", out, state, grads, tasks)
+    if not eps >= MIN_EPS:
+        raise ValueError(f"accumulate_squares_: eps must be at least {MIN_EPS}, found {eps}")
+    run = resolve(backend, device.type)
+    out_table = run.Table(out, tasks)
+    old, new = run.Table(state, tasks, out_table), run.Table(grads, tasks, out_table)
+    excess = run.accumulate_squares_(out_table, old, new, eps, tasks)
+    torch.autograd.graph.increment_version(out)
+    return excess
 
 
 @_define("combine_(Tensor(a!)[] out, Tensor?[] grads, Tensor weights, bool accumulate=False, str backend='auto') -> ()")
@@ -287,14 +334,36 @@ def _combine_(
     out: list[Tensor], grads: list[Tensor | None], weights: Tensor, accumulate: bool = False, backend: str = "auto"
 ) -> None:
     _check_vector("combine_", "weights", weights, (weights.numel(),))
-    _check_rows("combine_", grads, weights.numel())
-    device = _check_rows("combine_", out, 1, "out")
-    for k in range(weights.numel()):
-        _check_like("combine_", "out", out, grads[k * len(out) : (k + 1) * len(out)], "combined")
+    device = _check_sum("combine_", out, grads, weights.numel())
     run = resolve(backend, device.type)
     out_table = run.Table(out, 1)
     run.combine_(out_table, run.Table(grads, weights.numel(), out_table), weights, accumulate)
     torch.autograd.graph.increment_version(out)
+
+
+@_define(
+    "sign_drop_(Tensor(a!)[] out, Tensor?[] grads, Tensor counter, int tasks, Tensor? leak=None, str backend='auto')"
+    " -> Tensor"
+)
+def _sign_drop_(
+    out: list[Tensor],
+    grads: list[Tensor | None],
+    counter: Tensor,
+    tasks: int,
+    leak: Tensor | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    device = _check_sum("sign_drop_", out, grads, tasks)
+    if counter.shape != (2,) or counter.dtype is not torch.float64 or counter.device != device:
+        found = f"{tuple(counter.shape)}, {counter.dtype}, on {counter.device}"
+        raise ValueError(f"sign_drop_: counter must have shape (2,), torch.float64, on {device}; found {found}")
+    if leak is not None:
+        _check_vector("sign_drop_", "leak", leak, (tasks,))
+    run = resolve(backend, device.type)
+    out_table = run.Table(out, 1)
+    norm = run.sign_drop_(out_table, run.Table(grads, tasks, out_table), counter, leak)
+    torch.autograd.graph.increment_version(out)
+    return norm
 
 
 @_define(
@@ -377,8 +446,19 @@ def _new_status(device: torch.device) -> Tensor:
 
 _fake("gram", lambda grads, tasks, backend="auto": _float64((tasks, tasks), _device_of(grads)))
 _fake("sq_norms", lambda grads, tasks, backend="auto": _float64((tasks,), _device_of(grads)))
-_fake("ema_", lambda out, state, grads, decay, tasks, backend="auto": _float64((tasks,), _device_of(out)))
+_fake(
+    "ema_",
+    lambda out, state, grads, decay, tasks, scales=None, backend="auto": _float64((tasks,), _device_of(out)),
+)
+_fake(
+    "accumulate_squares_",
+    lambda out, state, grads, eps, tasks, backend="auto": _float64((tasks,), _device_of(out)),
+)
 _fake("combine_", lambda out, grads, weights, accumulate=False, backend="auto": None)
+_fake(
+    "sign_drop_",
+    lambda out, grads, counter, tasks, leak=None, backend="auto": _float64((1,), _device_of(out)),
+)
 _fake(
     "solve",
     lambda method, gram, losses, per_task, options, state, backend="auto": (
@@ -441,14 +521,23 @@ def sq_norms(grads: Rows, *, backend: str = "auto") -> Tensor:
     return result
 
 
-def ema_(out: Rows, state: Rows, grads: Rows, decay: float | Tensor, *, backend: str = "auto") -> Tensor:
-    """Writes out = decay · state + (1 − decay) · grads and returns the squared norms of out, in one pass.
+def ema_(
+    out: Rows,
+    state: Rows,
+    grads: Rows,
+    decay: float | Tensor,
+    scales: Tensor | None = None,
+    *,
+    backend: str = "auto",
+) -> Tensor:
+    """Writes out = decay · state + (1 − decay) · scales_k · grads and returns the squared norms of out, in one pass.
 
     Args:
         out: K rows of P tensors, without None; written. Float32 for half and single precision gradients, else float64.
         state: like `out`, and may be `out`; None counts as zeros.
         grads: as in `gram`; None counts as zeros.
         decay: one number. A tensor on another device is copied, which waits.
+        scales: Tensor [K], floating, of factors on the gradients; None stands for ones. As for `decay`.
 
     Returns:
         Tensor [K], float64, on the device of `out`.
@@ -457,7 +546,29 @@ def ema_(out: Rows, state: Rows, grads: Rows, decay: float | Tensor, *, backend:
     flat_state, flat_grads = _flat("ema_", "state", state)[0], _flat("ema_", "grads", grads)[0]
     if not isinstance(decay, Tensor):  # filled in on the device: a copy to it would wait
         decay = torch.full((1,), decay, dtype=torch.float64, device=_device_of(flat_out))
-    result: Tensor = registered.ema_(flat_out, flat_state, flat_grads, decay, tasks, backend)
+    result: Tensor = registered.ema_(flat_out, flat_state, flat_grads, decay, tasks, scales, backend)
+    return result
+
+
+def accumulate_squares_(out: Rows, state: Rows, grads: Rows, eps: float, *, backend: str = "auto") -> Tensor:
+    """Writes out = state + grads², elementwise, and returns Σ grads² / √(out + eps) for each task, in one pass.
+
+    These are the inner products of the gradients with Adagrad's steps: the excess risks of ExcessMTL (He et al., ICML
+    2024).
+
+    Args:
+        out: K rows of P tensors, without None; written. Float32 for half and single precision gradients, else float64.
+        state: like `out`, and may be `out`; None counts as zeros.
+        grads: as in `gram`; None counts as zeros. In float32, an element beyond 1.8e19 has an infinite square.
+        eps: one number, at least 1.2e-38.
+
+    Returns:
+        Tensor [K], float64, on the device of `out`.
+    """
+    flat_out, tasks = _flat("accumulate_squares_", "out", out)
+    flat_state = _flat("accumulate_squares_", "state", state)[0]
+    flat_grads = _flat("accumulate_squares_", "grads", grads)[0]
+    result: Tensor = registered.accumulate_squares_(flat_out, flat_state, flat_grads, eps, tasks, backend)
     return result
 
 
@@ -474,6 +585,33 @@ def combine_(
     flat, tasks = _flat("combine_", "grads", grads)
     _check_vector("combine_", "weights", weights, (tasks,))
     registered.combine_(list(out), flat, weights, accumulate, backend)
+
+
+def sign_drop_(
+    out: Sequence[Tensor], grads: Rows, counter: Tensor, leak: Tensor | None = None, *, backend: str = "auto"
+) -> Tensor:
+    """GradDrop (Chen et al., NeurIPS 2020): sums in each coordinate the gradients of one sign, in one read of them.
+
+    With the positive gradients' share P = (1 + Σ_k g_k / Σ_k |g_k|) / 2 (equation 1) and U uniform in (0, 1), the
+    positive ones are kept where P > U and the negative ones elsewhere: out = Σ_k (leak_k + (1 − leak_k) · kept_k) · g_k
+    (algorithm 1). U follows from seed, step, the parameter's place p and the coordinate's place in memory alone, so it
+    is the same on every backend and with any number of threads. So is the choice, which takes sums in float32 (float64
+    for float64), except on the reference backend, whose float64 sums may decide a tie otherwise.
+
+    Args:
+        out: P tensors, written; each may be a tensor of `grads`. Float32 sums can be written in half precision.
+        grads: as in `gram`. Where one is NaN or infinite, or Σ_k |g_k| overflows, out is NaN.
+        counter: Tensor [2], float64, on the device of `out`: seed and step, whole numbers from 0 to 2^53. The caller
+            counts the steps.
+        leak: Tensor [K], floating, of the shares that pass in any case; None stands for zeros. From another device it
+            is copied, which waits.
+
+    Returns:
+        Tensor [1], float64, on the device of `out`: the squared norm of out.
+    """
+    flat, tasks = _flat("sign_drop_", "grads", grads)
+    result: Tensor = registered.sign_drop_(list(out), flat, counter, tasks, leak, backend)
+    return result
 
 
 def solve(

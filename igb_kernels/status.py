@@ -22,13 +22,13 @@ class Status(enum.IntFlag):
     NEGATIVE_SUM = 1 << 4
     """IMTL-G's weights sum to a negative number before normalisation: the update ascends every task."""
     NON_POSITIVE_LOSS = 1 << 5
-    """A negative loss under a logarithm: all scales are NaN."""
+    """A negative loss under a logarithm: all scales are NaN. Or a loss of 0 in GLS's geometric mean: all are 0."""
     ALL_INACTIVE = 1 << 6
     """Every gradient vanishes: neutral weights, zero update."""
 
 
 UNUSABLE = int(Status.NON_FINITE | Status.NON_POSITIVE_LOSS)
-"""The bits of a step whose update is NaN; nothing may be learned from it."""
+"""The bits of a step without an update (it is NaN, or 0 by GLS's); nothing may be learned from it."""
 
 
 class UsableSteps:

@@ -32,6 +32,10 @@ class TaskGradients:
         """Gramian of the rows, [K, K] float64."""
         raise NotImplementedError
 
+    def excess(self) -> Tensor:
+        """Σ g_k² / √(accumulated squares of row k), [K] float64."""
+        raise NotImplementedError
+
     def write(self, weights: Tensor, previous: Grads) -> None:
         """Sets p.grad = previous + Σ_k weights_k row_k, for the parameters that some task reaches."""
         raise NotImplementedError
@@ -76,6 +80,9 @@ class TaskGradients:
                 torch.autograd.graph.increment_version(target)
 
 
+EXCESS_EPS = 1e-7
+"""Added to accumulated squares under the root."""
+
 CACHE_BYTES = 2 << 20
 
 
@@ -95,20 +102,21 @@ class KeptGradients(TaskGradients):
         """`outgoing` are rows of the last step, let go one by one as the passes need their memory; after the step,
         this step's. Freed all at once, the C library returns it to the system, and every page faults again."""
         super().__init__(params, backend)
-        self._rows: Grads = []
+        self.rows: Grads = []
+        """All of them, one after the other."""
         self._tasks = 0
         self._table: Table | None = None
         self._outgoing = outgoing
 
     def add(self, grads: Grads) -> None:
-        self._rows += grads
+        self.rows += grads
         self._tasks += 1
         if self._outgoing:
             self._outgoing.pop()
 
     def _as_table(self) -> Table:
         if self._table is None:
-            self._table = self.backend.Table(self._rows, self._tasks)
+            self._table = self.backend.Table(self.rows, self._tasks)
         return self._table
 
     def sq_norms(self) -> Tensor:
@@ -119,13 +127,30 @@ class KeptGradients(TaskGradients):
 
     def write(self, weights: Tensor, previous: Grads) -> None:
         table = self._as_table()
-        self._write(self._rows, self._tasks, table, weights, previous, buffers=table.columns)
+        self._write(self.rows, self._tasks, table, weights, previous, buffers=table.columns)
+
+    def write_of_one_sign(self, counter: Tensor, leak: Tensor | None, previous: Grads) -> Tensor:
+        """As `write`, but of each element only the rows of one drawn sign (`ops.sign_drop_`); returns its squared
+        norm, [1] float64."""
+        table = self._as_table()
+        out: Grads = []
+        for p, column in zip(self.params, table.columns, strict=True):
+            dtype = getattr(p, "grad_dtype", None) or p.dtype
+            reusable = column is not None and column.dtype is dtype
+            out.append(column if column is None or reusable else torch.empty_like(p, dtype=dtype))
+        sq_norm = self.backend.sign_drop_(self.backend.Table(out, 1, table), table, counter, leak)
+        for p, old, grad in zip(self.params, previous, out, strict=True):
+            if grad is None or not p.requires_grad:
+                p.grad = old
+            else:
+                p.grad = grad if old is None else old.add_(grad)
+        return sq_norm
 
     def commit(self, status: Tensor) -> None:
         if self._outgoing is not None:
             params = len(self.params)
             # Without the first: it is in `.grad` now.
-            self._outgoing[:] = [self._rows[k * params : (k + 1) * params] for k in range(1, self._tasks)]
+            self._outgoing[:] = [self.rows[k * params : (k + 1) * params] for k in range(1, self._tasks)]
 
 
 class Bank:
@@ -177,11 +202,34 @@ class MovingAverages:
         self.current, self.spare = Bank(rows), Bank()
         self._captured = False
 
+    def admit(self, task: int, grads: Grads, params: Sequence[Tensor], captured: bool) -> None:
+        """Makes room in `spare` for a task's gradients; raises where they do not fit what is there."""
+        current, spare = self.current.row(task, len(params)), self.spare.row(task, len(params))
+        for p, (average, grad) in enumerate(zip(spare, grads, strict=True)):
+            if average is not None:
+                if grad is not None and average.dtype is not grad.dtype and average.dtype is not _wide(grad):
+                    raise ValueError(
+                        f"shared[{p}] has gradients in {grad.dtype}, its moving averages are in {average.dtype}: "
+                        "the parameter's dtype must not change while it is balanced"
+                    )
+            elif grad is not None or current[p] is not None:
+                if current[p] is None and captured:
+                    raise RuntimeError(
+                        f"shared[{p}] gets its first gradient of task {task} in a captured step: take steps before "
+                        "the capture that reach every parameter"
+                    )
+                self.spare.allocate(task, p, params[p])
+
+    def tables(self, backend: Backend, first: int, last: int, captured: bool) -> tuple[Table, Table]:
+        """Those of `spare` and `current`, rows first to last - 1."""
+        spare, current = (bank.table(backend, first, last, captured) for bank in (self.spare, self.current))
+        return spare, current
+
     def commit(self, status: Tensor, backend: Backend, captured: bool) -> None:
         self._captured = self._captured or captured
         if self._captured:
             self.current.start_where(self.spare)
-        spare, current = (bank.table(backend, 0, len(bank.rows), captured) for bank in (self.spare, self.current))
+        spare, current = self.tables(backend, 0, len(self.spare.rows), captured)
         if not self._captured:
             backend.rollback_(spare, current, status)
             self.current, self.spare = self.spare, self.current
@@ -190,13 +238,27 @@ class MovingAverages:
         backend.rollback_(current, spare, usable)  # of a usable step, what it wrote
 
 
+RowScales = Callable[[Tensor, Tensor], Tensor]
+"""Factors on gradients, float64 [K], from their squared norms [K] and their losses [K]."""
+
+
 class AveragedGradients(TaskGradients):
     """Moving averages in the rows' place, updated and measured in one pass as soon as there are gradients enough to be
     worth a call: while they are in the cache, and before the next ones need memory."""
 
-    def __init__(self, params: Sequence[Tensor], backend: Backend, averages: MovingAverages, decay: Tensor) -> None:
+    def __init__(
+        self,
+        params: Sequence[Tensor],
+        backend: Backend,
+        averages: MovingAverages,
+        decay: Tensor,
+        row_scales: RowScales | None,
+        losses: Tensor,
+    ) -> None:
+        """`row_scales` gives the factors on the gradients that enter the averages."""
         super().__init__(params, backend)
         self._averages, self._decay = averages, decay
+        self._row_scales, self._losses = row_scales, losses
         self._norms: list[Tensor] = []
         self._tasks = self._averaged = 0
         self._waiting: Grads = []
@@ -205,51 +267,66 @@ class AveragedGradients(TaskGradients):
         self._captured = captures_graph(params[0].device)
 
     def add(self, grads: Grads) -> None:
-        averages = self._averages.spare.row(self._tasks, len(self.params))
-        for p, (average, grad) in enumerate(zip(averages, grads, strict=True)):
-            if average is None:
-                self._start_average(p, grad)
-            elif grad is not None and average.dtype is not grad.dtype and average.dtype is not _wide(grad):
-                raise ValueError(
-                    f"shared[{p}] has gradients in {grad.dtype}, its moving averages are in {average.dtype}: "
-                    "the parameter's dtype must not change while it is balanced"
-                )
+        self._averages.admit(self._tasks, grads, self.params, self._captured)
         self._tasks += 1
         self._waiting += grads
         if self._tasks - self._averaged >= self._most_waiting:
             self._average()
 
-    def _start_average(self, p: int, grad: Tensor | None) -> None:
-        old = self._averages.current.row(self._tasks, len(self.params))[p]
-        if old is None and grad is not None and self._captured:
-            raise RuntimeError(
-                f"shared[{p}] gets its first gradient of task {self._tasks} in a captured step: take steps before the "
-                "capture that reach every parameter"
-            )
-        if grad is not None or old is not None:
-            self._averages.spare.allocate(self._tasks, p, self.params[p])
-
     def _average(self) -> None:
         first, last = self._averaged, self._tasks
-        banks = (self._averages.spare, self._averages.current)
-        out, old = (bank.table(self.backend, first, last, self._captured) for bank in banks)
+        out, old = self._averages.tables(self.backend, first, last, self._captured)
         rows = self.backend.Table(self._waiting, last - first, out)
-        self._norms.append(self.backend.ema_(out, old, rows, self._decay, last - first))
+        scales = None
+        if self._row_scales is not None:
+            scales = self._row_scales(self.backend.sq_norms(rows, last - first), self._losses[first:last])
+        self._norms.append(self.backend.ema_(out, old, rows, self._decay, last - first, scales))
         self._averaged, self._waiting = last, []
 
-    def sq_norms(self) -> Tensor:
+    def _average_the_rest(self) -> None:
         if self._averaged < self._tasks:
             self._spent = self._waiting[-len(self.params) :]
             self._average()
+
+    def _as_table(self) -> Table:
+        return self._averages.spare.table(self.backend, 0, self._tasks, self._captured)
+
+    def sq_norms(self) -> Tensor:
+        self._average_the_rest()
         return self._norms[0] if len(self._norms) == 1 else torch.cat(self._norms)
 
+    def gram(self) -> Tensor:
+        self._average_the_rest()
+        return self.backend.gram(self._as_table(), self._tasks)
+
     def write(self, weights: Tensor, previous: Grads) -> None:
-        spare = self._averages.spare
-        table = spare.table(self.backend, 0, self._tasks, self._captured)
-        self._write(spare.flat(), self._tasks, table, weights, previous, buffers=self._spent)
+        self._write(self._averages.spare.flat(), self._tasks, self._as_table(), weights, previous, buffers=self._spent)
 
     def commit(self, status: Tensor) -> None:
         self._averages.commit(status, self.backend, self._captured)
+
+
+class SquaredGradients(KeptGradients):
+    """All K rows, and beside them the sums of their squared elements over the steps."""
+
+    def __init__(
+        self, params: Sequence[Tensor], backend: Backend, squares: MovingAverages, outgoing: list[Grads] | None
+    ) -> None:
+        super().__init__(params, backend, outgoing)
+        self._squares, self._captured = squares, captures_graph(params[0].device)
+
+    def add(self, grads: Grads) -> None:
+        self._squares.admit(self._tasks, grads, self.params, self._captured)
+        super().add(grads)
+
+    def excess(self) -> Tensor:
+        out, old = self._squares.tables(self.backend, 0, self._tasks, self._captured)
+        rows = self.backend.Table(self.rows, self._tasks, out)
+        return self.backend.accumulate_squares_(out, old, rows, EXCESS_EPS, self._tasks)
+
+    def commit(self, status: Tensor) -> None:
+        super().commit(status)
+        self._squares.commit(status, self.backend, self._captured)
 
 
 class RunningSum(TaskGradients):

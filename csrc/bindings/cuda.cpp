@@ -55,13 +55,23 @@ void bind_cuda(py::module_ m) {
   m.def("sq_norms", [](const Table& grads, Address norms, Address scratch, Address stream) {
     cuda::sq_norms(grads, pointer<double>(norms), pointer<double>(scratch), stream_of(stream));
   });
-  m.def("ema", [](const Table& out, const Table& state, const Table& grads, Address decay, Address norms,
-                  Address scratch, Address stream) {
-    cuda::ema(out, state, grads, pointer<double>(decay), pointer<double>(norms), pointer<double>(scratch),
-              stream_of(stream));
+  m.def("ema", [](const Table& out, const Table& state, const Table& grads, Address decay, Address scales,
+                  Address norms, Address scratch, Address stream) {
+    cuda::ema(out, state, grads, pointer<double>(decay), pointer<double>(scales), pointer<double>(norms),
+              pointer<double>(scratch), stream_of(stream));
+  });
+  m.def("accumulate_squares", [](const Table& out, const Table& state, const Table& grads, double eps, Address excess,
+                                 Address scratch, Address stream) {
+    cuda::accumulate_squares(out, state, grads, eps, pointer<double>(excess), pointer<double>(scratch),
+                             stream_of(stream));
   });
   m.def("combine", [](const Table& out, const Table& grads, Address weights, bool accumulate, Address stream) {
     cuda::combine(out, grads, pointer<double>(weights), accumulate, stream_of(stream));
+  });
+  m.def("sign_drop", [](const Table& out, const Table& grads, Address counter, Address leaks, Address norm,
+                        Address scratch, Address stream) {
+    cuda::sign_drop(out, grads, pointer<double>(counter), pointer<double>(leaks), pointer<double>(norm),
+                    pointer<double>(scratch), stream_of(stream));
   });
   m.def("rollback", [](const Table& out, const Table& kept, Address status, Address stream) {
     cuda::rollback(out, kept, pointer<std::int32_t>(status), stream_of(stream));

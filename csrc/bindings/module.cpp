@@ -76,11 +76,20 @@ PYBIND11_MODULE(_C, m) {
   m.def("sq_norms", [](const Table& grads, Address norms, int threads) {
     igb::cpu::sq_norms(grads, pointer<double>(norms), threads);
   }, Unlocked());
-  m.def("ema", [](const Table& out, const Table& state, const Table& grads, double decay, Address norms, int threads) {
-    igb::cpu::ema(out, state, grads, decay, pointer<double>(norms), threads);
+  m.def("ema", [](const Table& out, const Table& state, const Table& grads, double decay, Address scales, Address norms,
+                  int threads) {
+    igb::cpu::ema(out, state, grads, decay, pointer<double>(scales), pointer<double>(norms), threads);
+  }, Unlocked());
+  m.def("accumulate_squares", [](const Table& out, const Table& state, const Table& grads, double eps, Address excess,
+                                 int threads) {
+    igb::cpu::accumulate_squares(out, state, grads, eps, pointer<double>(excess), threads);
   }, Unlocked());
   m.def("combine", [](const Table& out, const Table& grads, Address weights, bool accumulate, int threads) {
     igb::cpu::combine(out, grads, pointer<double>(weights), accumulate, threads);
+  }, Unlocked());
+  m.def("sign_drop", [](const Table& out, const Table& grads, std::uint64_t seed, std::uint64_t step, Address leaks,
+                        Address norm, int threads) {
+    igb::cpu::sign_drop(out, grads, seed, step, pointer<double>(leaks), pointer<double>(norm), threads);
   }, Unlocked());
   m.def("solve", &solve, Unlocked());
   m.def("loss_scales", &loss_scales, Unlocked());

@@ -51,20 +51,20 @@ IGB_HD Norms measure_norms(const Problem& problem, bool read_all, double inactiv
   return norms;
 }
 
+// Of two active tasks; only the symmetric part of the Gramian is used.
+IGB_HD inline double cosine(const Problem& problem, const Norms& norms, int i, int j) {
+  const double product = 0.5 * problem.gram[i * problem.tasks + j] + 0.5 * problem.gram[j * problem.tasks + i];
+  return fmin(1.0, fmax(-1.0, product / norms.values[i] / norms.values[j]));
+}
+
 // One K x K buffer holds the cosines below the diagonal and leaves the upper triangle to a factorisation. The unit
-// diagonal is implied; to an inactive task every cosine is 0. Only the symmetric part of the Gramian is used.
+// diagonal is implied; to an inactive task every cosine is 0.
 template <class Team>
 IGB_HD void store_cosines(const Problem& problem, const Norms& norms, double* matrix, const Team& team) {
   const int tasks = problem.tasks;
   for (int i = 0; i < tasks; ++i)
-    for (int j = team.lane(); j < i; j += team.width()) {
-      double cosine = 0.0;
-      if (norms.is_active(i) && norms.is_active(j)) {
-        const double product = 0.5 * problem.gram[i * tasks + j] + 0.5 * problem.gram[j * tasks + i];
-        cosine = fmin(1.0, fmax(-1.0, product / norms.values[i] / norms.values[j]));
-      }
-      matrix[i * tasks + j] = cosine;
-    }
+    for (int j = team.lane(); j < i; j += team.width())
+      matrix[i * tasks + j] = norms.is_active(i) && norms.is_active(j) ? cosine(problem, norms, i, j) : 0.0;
   team.sync();
 }
 

@@ -57,4 +57,16 @@ IGB_HD void solve_factored(int n, const double* factor, double* x, const Team& t
   team.sync();
 }
 
+// The rotation by the angle with this tangent; by the negative tangent it is undone.
+struct Rotation {
+  double c, s;
+
+  IGB_HD explicit Rotation(double tangent) : c(1.0 / sqrt(1.0 + tangent * tangent)), s(c * tangent) {}
+  IGB_HD void apply(double& a, double& b) const {
+    const double kept = a;
+    a = c * kept + s * b;
+    b = c * b - s * kept;
+  }
+};
+
 }  // namespace igb

@@ -9,10 +9,17 @@
 
 #include "platform.h"
 #include "problem.h"
+#include "rules/dwa.h"
+#include "rules/famo.h"
+#include "rules/gls.h"
 #include "rules/igb_v1.h"
 #include "rules/imtl_l.h"
+#include "rules/ldc_mtl.h"
 #include "rules/log.h"
 #include "rules/none.h"
+#include "rules/rlw.h"
+#include "rules/stch.h"
+#include "rules/uw.h"
 
 namespace igb {
 
@@ -21,7 +28,14 @@ namespace igb {
   rule(none, Unscaled)       \
   rule(log, Log)             \
   rule(igb_v1, IgbV1)        \
-  rule(imtl_l, ImtlL)
+  rule(imtl_l, ImtlL)        \
+  rule(uw, Uw)               \
+  rule(rlw, Rlw)             \
+  rule(dwa, Dwa)             \
+  rule(gls, Gls)             \
+  rule(stch, Stch)           \
+  rule(famo, Famo)           \
+  rule(ldc_mtl, LdcMtl)
 
 enum class LossRule : int {
 #define IGB_ENUMERATOR(name, Rule) name,

@@ -9,30 +9,52 @@
 #include "gramian.h"
 #include "platform.h"
 #include "problem.h"
+#include "solvers/aligned_mtl.h"
 #include "solvers/cagrad.h"
+#include "solvers/config.h"
 #include "solvers/db_mtl.h"
 #include "solvers/dual_proj.h"
 #include "solvers/emtl.h"
 #include "solvers/equal.h"
+#include "solvers/excess_mtl.h"
+#include "solvers/fairgrad.h"
+#include "solvers/grad_drop.h"
+#include "solvers/grad_norm.h"
+#include "solvers/gradvac.h"
 #include "solvers/imtl_g.h"
 #include "solvers/mgda.h"
+#include "solvers/moco.h"
+#include "solvers/modo.h"
 #include "solvers/nash_mtl.h"
+#include "solvers/pcgrad.h"
+#include "solvers/sdm_grad.h"
 #include "solvers/upgrad.h"
 #include "status.h"
 
 namespace igb {
 
 // The name in Python, and the solver.
-#define IGB_METHODS(method) \
-  method(equal, Equal)      \
-  method(db_mtl, DbMtl)     \
-  method(emtl, Emtl)        \
-  method(imtl_g, ImtlG)     \
-  method(nash_mtl, NashMtl) \
-  method(mgda, Mgda)        \
-  method(dual_proj, DualProj) \
-  method(upgrad, UpGrad)    \
-  method(cagrad, CaGrad)
+#define IGB_METHODS(method)       \
+  method(equal, Equal)            \
+  method(aligned_mtl, AlignedMtl) \
+  method(cagrad, CaGrad)          \
+  method(config, Config)          \
+  method(db_mtl, DbMtl)           \
+  method(dual_proj, DualProj)     \
+  method(emtl, Emtl)              \
+  method(excess_mtl, ExcessMtl)   \
+  method(fairgrad, FairGrad)      \
+  method(grad_drop, GradDrop)     \
+  method(grad_norm, GradNorm)     \
+  method(gradvac, Gradvac)        \
+  method(imtl_g, ImtlG)           \
+  method(mgda, Mgda)              \
+  method(moco, MoCo)              \
+  method(modo, MoDo)              \
+  method(nash_mtl, NashMtl)       \
+  method(pcgrad, Pcgrad)          \
+  method(sdm_grad, SdmGrad)       \
+  method(upgrad, UpGrad)
 
 enum class Method : int {
 #define IGB_ENUMERATOR(name, Solver) name,
@@ -61,6 +83,10 @@ IGB_HD constexpr auto select(Method method, const Visitor& visit) {
   return visit(Equal{});
 }
 
+// Whether the Gramian is that of two batches: not symmetric, and its diagonal no squares of norms.
+template <class Solver> IGB_HD constexpr auto is_cross_gram(int) -> decltype(Solver::cross_gram) { return Solver::cross_gram; }
+template <class Solver> IGB_HD constexpr bool is_cross_gram(long) { return false; }
+
 template <class Solver, class Team>
 IGB_HD std::int32_t run(const Problem& problem, double* weights, double* workspace, const Team& team) {
   const int tasks = problem.tasks;
@@ -72,6 +98,7 @@ IGB_HD std::int32_t run(const Problem& problem, double* weights, double* workspa
     fill(tasks, weights, NAN, team);
     return non_finite;
   }
+  if (is_cross_gram<Solver>(0)) norms.status = 0;
   return norms.status | Solver::solve(problem, norms, weights, workspace + tasks, team);
 }
 

@@ -2,6 +2,7 @@
 #include <type_traits>
 #include <utility>
 
+#include "../core/philox.h"
 #include "chunk_kernels.h"
 #include "simd.h"
 
@@ -108,7 +109,7 @@ void gram(DType dtype, const void* const* rows, const int* index, int count, siz
   with_type(dtype, [&](auto tag) { gram_of<Element<decltype(tag)>>(rows, index, count, n, sums, stride); });
 }
 
-// ---- Norms and moving averages ---------------------------------------------------------------------------
+// ---- Norms, moving averages and sums of squares ----------------------------------------------------------
 
 double sq_norm(DType dtype, const void* row, size_t n) {
   return with_type(dtype, [&](auto tag) {
@@ -120,18 +121,32 @@ double sq_norm(DType dtype, const void* row, size_t n) {
   });
 }
 
-template <class T, bool HasState, bool HasGrad, bool PastCaches>
-double ema_of(Accumulator<T>* out, const Accumulator<T>* state, const T* grad, size_t n, double decay) {
+// What a pass over a row writes, from its state and then with its gradient, and what it sums.
+template <class A> struct Averaging {
+  Vec<A> keep, take;
+  Vec<A> from(Vec<A> state) const { return keep * state; }
+  Vec<A> with(Vec<A> v, Vec<A> grad) const { return v + take * grad; }
+  Vec<A> summand(Vec<A> next, Vec<A>) const { return next * next; }
+};
+
+template <class A> struct AddingSquares {
+  Vec<A> eps;
+  Vec<A> from(Vec<A> state) const { return state; }
+  Vec<A> with(Vec<A> v, Vec<A> grad) const { return v + grad * grad; }
+  Vec<A> summand(Vec<A> next, Vec<A> grad) const { return grad * grad / square_root(next + eps); }
+};
+
+template <class T, bool HasState, bool HasGrad, bool PastCaches, class Rule>
+double update_of(Accumulator<T>* out, const Accumulator<T>* state, const T* grad, size_t n, const Rule& rule) {
   using A = Accumulator<T>;
   constexpr int N = kLanes<A>;
-  const Vec<A> keep = broadcast(A(decay)), take = broadcast(A(1 - decay));
   Vec<A> acc[4] = {};
   const auto update = [&](int u, auto&& load_one, auto&& store_one) {
-    Vec<A> v = {};
-    if constexpr (HasState) v = keep * load_one(state);
-    if constexpr (HasGrad) v += take * load_one(grad);
+    Vec<A> v = {}, given = {};
+    if constexpr (HasState) v = rule.from(load_one(state));
+    if constexpr (HasGrad) v = rule.with(v, given = load_one(grad));
     store_one(out, v);
-    acc[u] += v * v;
+    acc[u] += rule.summand(v, given);
   };
   size_t e = 0;
   const auto whole = [&](int u, size_t at) {
@@ -150,20 +165,24 @@ double ema_of(Accumulator<T>* out, const Accumulator<T>* state, const T* grad, s
   return sum_lanes<A>((acc[0] + acc[1]) + (acc[2] + acc[3]));
 }
 
-double ema(DType grad_dtype, void* out, const void* state, const void* grad, size_t n, double decay,
-           bool past_caches) {
+// A row's update by rule_for(accumulator{}).
+template <class F>
+double update(DType grad_dtype, void* out, const void* state, const void* grad, size_t n, bool past_caches,
+              F&& rule_for) {
   return with_type(grad_dtype, [&](auto tag) {
     using T = Element<decltype(tag)>;
     using A = Accumulator<T>;
     constexpr std::true_type yes{};
     constexpr std::false_type no{};
+    const auto rule = rule_for(A());
     const auto run_with = [&](auto has_state, auto has_grad, auto past) {
       constexpr size_t kPiece = 4 * kRun * kLanes<A>;
       double sum = 0;
       for (size_t at = 0; at < n; at += kPiece) {
         const auto from = [at](auto* p) { return p ? p + at : p; };
-        sum += ema_of<T, has_state.value, has_grad.value, past.value>(from(static_cast<A*>(out)), from(cast<A>(state)),
-                                                          from(cast<T>(grad)), n - at < kPiece ? n - at : kPiece, decay);
+        sum += update_of<T, has_state.value, has_grad.value, past.value>(
+            from(static_cast<A*>(out)), from(cast<A>(state)), from(cast<T>(grad)), n - at < kPiece ? n - at : kPiece,
+            rule);
       }
       if (past) end_streaming();
       return sum;
@@ -174,6 +193,22 @@ double ema(DType grad_dtype, void* out, const void* state, const void* grad, siz
                                                     : run_with(has_state, has_grad, no);
     };
     return state ? (grad ? run(yes, yes) : run(yes, no)) : (grad ? run(no, yes) : run(no, no));
+  });
+}
+
+double ema(DType grad_dtype, void* out, const void* state, const void* grad, size_t n, double keep, double take,
+           bool past_caches) {
+  return update(grad_dtype, out, state, grad, n, past_caches, [&](auto zero) {
+    using A = decltype(zero);
+    return Averaging<A>{broadcast(A(keep)), broadcast(A(take))};
+  });
+}
+
+double add_squares(DType grad_dtype, void* out, const void* state, const void* grad, size_t n, double eps,
+                   bool past_caches) {
+  return update(grad_dtype, out, state, grad, n, past_caches, [&](auto zero) {
+    using A = decltype(zero);
+    return AddingSquares<A>{broadcast(A(eps))};
   });
 }
 
@@ -239,6 +274,11 @@ void combine_of(O* out, const void* const* rows, const double* weights, int coun
   }
 }
 
+// Whether sums of T can be written as O: in the same precision, widened to the accumulator's, or rounded from it.
+template <class T, class O>
+constexpr bool kCombines = std::is_same_v<O, T> || std::is_same_v<O, Accumulator<T>> ||
+                           (std::is_same_v<T, Accumulator<T>> && std::is_same_v<Accumulator<O>, T>);
+
 void combine(DType row_dtype, DType out_dtype, void* out, const void* const* rows, const double* weights, int count,
              size_t n, bool accumulate, void* scratch) {
   with_type(row_dtype, [&](auto row_tag) {
@@ -246,11 +286,124 @@ void combine(DType row_dtype, DType out_dtype, void* out, const void* const* row
     with_type(out_dtype, [&](auto out_tag) {
       using O = Element<decltype(out_tag)>;
       using A = Accumulator<T>;
-      if constexpr (std::is_same_v<O, T> || std::is_same_v<O, A> || (std::is_same_v<T, A> && std::is_same_v<Accumulator<O>, A>))
+      if constexpr (kCombines<T, O>)
         combine_of<T, O>(static_cast<O*>(out), rows, weights, count, n, accumulate,
                          static_cast<A*>(scratch));
     });
   });
+}
+
+// ---- One sign in each element ------------------------------------------------------------------------------
+
+// Elements whose random numbers and sums stay in the first-level cache.
+constexpr size_t kPiece = 512;
+
+// words[0 .. n) are those of igb::philox(seed, step, stream), igb::philox(seed, step, stream + 1), …; up to a whole
+// number of vectors more are written. Of each lane of 64 bits the lower half counts, until the end.
+void random_words(std::uint32_t* words, size_t n, std::uint64_t seed, std::uint64_t step, std::uint64_t stream) {
+  constexpr int N = kWideLanes;
+  Wide lane, first, second;
+  for (int i = 0; i < N; ++i) {
+    lane[i] = i;
+    first[i] = i / 2 + (i % 2 ? N : 0);
+    second[i] = first[i] + N / 2;
+  }
+  const Wide multiplier0 = Wide{} + igb::kPhiloxMultiplier0, multiplier1 = Wide{} + igb::kPhiloxMultiplier1;
+  for (size_t at = 0; at < n; at += 4 * N, stream += N) {
+    Wide x0 = lane + stream, x1 = x0 >> 32, x2 = Wide{} + step, x3 = x2 >> 32;
+    std::uint32_t key0 = std::uint32_t(seed), key1 = std::uint32_t(seed >> 32);
+#pragma GCC unroll 10
+    for (int round = 0; round < igb::kPhiloxRounds; ++round) {
+      const Wide product0 = multiply_lower(x0, multiplier0), product1 = multiply_lower(x2, multiplier1);
+      x0 = product1 >> 32 ^ x1 ^ key0;
+      x1 = product1;
+      x2 = product0 >> 32 ^ x3 ^ key1;
+      x3 = product0;
+      key0 += igb::kPhiloxKeyStep0;
+      key1 += igb::kPhiloxKeyStep1;
+    }
+    const Wide low = (x0 & 0xffffffffu) | x1 << 32, high = (x2 & 0xffffffffu) | x3 << 32;
+    *reinterpret_cast<UnalignedWide*>(words + at) = __builtin_shuffle(low, high, first);
+    *reinterpret_cast<UnalignedWide*>(words + at + 2 * N) = __builtin_shuffle(low, high, second);
+  }
+}
+
+// Sums over rows: of the positive entries and of the negative ones' sizes, and of both times the rows' leaks. A NaN or
+// inf among the entries makes `negative` non-finite, or `positive`.
+template <class A> struct SignSums {
+  Vec<A> positive, negative, leaked_positive, leaked_negative;
+  template <bool Leaks> void add(Vec<A> g, Vec<A> leak) {
+    const Vec<A> above = g > 0 ? g : Vec<A>{}, below = above - g;
+    positive += above;
+    negative += below;
+    if constexpr (Leaks) {
+      leaked_positive += leak * above;
+      leaked_negative += leak * below;
+    }
+  }
+  // t = 2U - 1; U is below the positive share if t is below the difference's. Rounds only sums and one product, so that
+  // every backend decides alike.
+  Vec<A> chosen(Vec<A> t) const {
+    const Vec<A> all = positive + negative, difference = positive - negative;
+    const Vec<A> v = difference > t * all ? positive - leaked_negative : leaked_positive - negative;
+    return v + (all - all);  // NaN where not finite
+  }
+};
+
+// At most kPiece elements.
+template <bool Leaks, class T, class O>
+double sign_drop_piece(O* out, const void* const* rows, size_t offset, const double* leaks, int count, size_t n,
+                       const std::uint32_t* words) {
+  using A = Accumulator<T>;
+  constexpr size_t N = kLanes<A>;
+  A t[kPiece];
+  for (size_t i = 0; i < n; ++i) t[i] = A(std::int32_t(words[i] >> 7 | 1u) - (1 << 24)) * A(1.0 / (1 << 24));
+  SignSums<A> sums[kPiece / N];  // between groups of rows
+  Vec<A> squares = {};
+  for (int k0 = 0; k0 == 0 || k0 < count; k0 += kStreams) {
+    const int end = count - k0 < kStreams ? count : k0 + kStreams;
+    for (size_t e = 0; e < n; e += N) {
+      const size_t left = n - e;
+      SignSums<A> s = {};
+      if (k0 > 0) s = sums[e / N];
+      for (int k = k0; k < end; ++k) {
+        const T* const row = cast<T>(rows[k]) + offset + e;
+        s.template add<Leaks>(left < N ? load_first(row, left) : load(row), broadcast(A(Leaks ? leaks[k] : 0)));
+      }
+      if (end < count) {
+        sums[e / N] = s;
+      } else if (left < N) {
+        store_first(out + e, s.chosen(load_first(t + e, left)), left);
+        const Vec<A> written = load_first(out + e, left);
+        squares += written * written;
+      } else {
+        store(out + e, s.chosen(load(t + e)));
+        const Vec<A> written = load(out + e);
+        squares += written * written;
+      }
+    }
+  }
+  return sum_lanes<A>(squares);
+}
+
+double sign_drop(DType row_dtype, DType out_dtype, void* out, const void* const* rows, const double* leaks, int count,
+                 size_t n, std::uint64_t seed, std::uint64_t step, std::uint64_t stream) {
+  double sum = 0;
+  with_type(row_dtype, [&](auto row_tag) {
+    using T = Element<decltype(row_tag)>;
+    with_type(out_dtype, [&](auto out_tag) {
+      using O = Element<decltype(out_tag)>;
+      if constexpr (kCombines<T, O>)
+        for (size_t at = 0; at < n; at += kPiece) {
+          const size_t size = n - at < kPiece ? n - at : kPiece;
+          std::uint32_t words[kPiece];
+          random_words(words, size, seed, step, stream + at / 4);
+          const auto piece = leaks ? sign_drop_piece<true, T, O> : sign_drop_piece<false, T, O>;
+          sum += piece(static_cast<O*>(out) + at, rows, at, leaks, count, size, words);
+        }
+    });
+  });
+  return sum;
 }
 
 }  // namespace

@@ -4,6 +4,7 @@
 #include <cstring>
 #include <vector>
 
+#include "../core/philox.h"
 #include "chunk_kernels.h"
 
 namespace igb::cpu {
@@ -172,19 +173,42 @@ void sq_norms(const TensorTable& grads, double* norms, int threads) {
   sums.total(norms);
 }
 
-void ema(const TensorTable& out, const TensorTable& state, const TensorTable& grads, double decay, double* norms,
-         int threads) {
+namespace {
+
+// totals[k] = the sum over row k of update(dtype, out, state, grad, k, size, past_caches), where out has an entry.
+template <class F>
+void update_rows(const TensorTable& out, const TensorTable& state, const TensorTable& grads, double* totals, int threads,
+                 F&& update) {
   const Partition partition(out);
   Sums sums(partition.blocks(), out.tasks);
   constexpr std::int64_t kElementsBeyondCaches = 2 << 20;
   const bool past_caches = partition.elements() > kElementsBeyondCaches;
   partition.for_each(threads, [&](int block, const Chunk& chunk) {
     for (int k = 0; k < out.tasks; ++k)
-      if (void* average = at(out, k, chunk))
-        sums.of(block)[k] += chosen->ema(grads.dtype[chunk.param], average, at(state, k, chunk), at(grads, k, chunk),
-                                         std::size_t(chunk.size), decay, past_caches);
+      if (void* to = at(out, k, chunk))
+        sums.of(block)[k] += update(grads.dtype[chunk.param], to, at(state, k, chunk), at(grads, k, chunk), k,
+                                    std::size_t(chunk.size), past_caches);
   });
-  sums.total(norms);
+  sums.total(totals);
+}
+
+}  // namespace
+
+void ema(const TensorTable& out, const TensorTable& state, const TensorTable& grads, double decay, const double* scales,
+         double* norms, int threads) {
+  update_rows(out, state, grads, norms, threads,
+              [&](DType dtype, void* to, const void* old, const void* grad, int k, std::size_t size, bool past_caches) {
+                const double take = (1 - decay) * (scales ? scales[k] : 1.0);
+                return chosen->ema(dtype, to, old, grad, size, decay, take, past_caches);
+              });
+}
+
+void accumulate_squares(const TensorTable& out, const TensorTable& state, const TensorTable& grads, double eps,
+                        double* excess, int threads) {
+  update_rows(out, state, grads, excess, threads,
+              [&](DType dtype, void* to, const void* old, const void* grad, int, std::size_t size, bool past_caches) {
+                return chosen->add_squares(dtype, to, old, grad, size, eps, past_caches);
+              });
 }
 
 void combine(const TensorTable& out, const TensorTable& grads, const double* weights, bool accumulate, int threads) {
@@ -197,6 +221,23 @@ void combine(const TensorTable& out, const TensorTable& grads, const double* wei
     chosen->combine(grads.dtype[chunk.param], out.dtype[chunk.param], at(out, 0, chunk), present.rows,
                     present_weights, present.count, std::size_t(chunk.size), accumulate, scratch);
   });
+}
+
+void sign_drop(const TensorTable& out, const TensorTable& grads, std::uint64_t seed, std::uint64_t step,
+               const double* leaks, double* norm, int threads) {
+  const Partition partition(grads);
+  Sums sums(partition.blocks(), 1);
+  partition.for_each(threads, [&](int block, const Chunk& chunk) {
+    const PresentRows present(grads, chunk);
+    double present_leaks[kMaxTasks];
+    if (leaks)
+      for (int i = 0; i < present.count; ++i) present_leaks[i] = leaks[present.index[i]];
+    *sums.of(block) += chosen->sign_drop(
+        grads.dtype[chunk.param], out.dtype[chunk.param], at(out, 0, chunk), present.rows, leaks ? present_leaks : nullptr,
+        present.count, std::size_t(chunk.size), seed, step,
+        element_stream(std::uint64_t(chunk.param), std::uint64_t(chunk.offset)));
+  });
+  sums.total(norm);
 }
 
 const char* instruction_set() { return chosen->name; }

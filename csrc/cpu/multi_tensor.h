@@ -15,13 +15,24 @@ void gram(const TensorTable& grads, double* gram, int threads);
 // norms: K sums of squares.
 void sq_norms(const TensorTable& grads, double* norms, int threads);
 
-// out = decay * state + (1 - decay) * grads, where out has an entry, and the K sums of squares of out, in one pass. out
-// and state hold accumulators of the grads' dtypes; missing entries of state and grads count as zeros.
-void ema(const TensorTable& out, const TensorTable& state, const TensorTable& grads, double decay, double* norms,
-         int threads);
+// out = decay * state + (1 - decay) * scales[k] * grads, where out has an entry, and the K sums of squares of out, in one
+// pass. out and state hold accumulators of the grads' dtypes; missing entries of state and grads count as zeros. Null
+// scales are ones.
+void ema(const TensorTable& out, const TensorTable& state, const TensorTable& grads, double decay, const double* scales,
+         double* norms, int threads);
+
+// out = state + grads^2, and excess[k] = the sum of grads^2 / sqrt(out + eps) over row k, in one pass. All else as for ema.
+void accumulate_squares(const TensorTable& out, const TensorTable& state, const TensorTable& grads, double eps,
+                        double* excess, int threads);
 
 // out (+)= sum_k weights[k] * grads[k]. out has one row and no missing entries.
 void combine(const TensorTable& out, const TensorTable& grads, const double* weights, bool accumulate, int threads);
+
+// GradDrop: out = in each element the sum of the grads of one sign, drawn in proportion to the sums of either sign, plus
+// leaks[k] (null: 0) times the others. Returns the sum of squares of out in *norm. The numbers drawn follow from seed,
+// step, column and element alone. out as in combine; it is NaN where a gradient is not finite.
+void sign_drop(const TensorTable& out, const TensorTable& grads, std::uint64_t seed, std::uint64_t step,
+               const double* leaks, double* norm, int threads);
 
 // "avx512", "avx2" or "portable": the best that this machine runs, unless chosen otherwise. Returns false, and
 // changes nothing, where the machine or the build lacks the instruction set.

@@ -98,6 +98,22 @@ inline void end_streaming() {
 #endif
 }
 
+#if defined(__AVX512F__)
+inline Vec<float> square_root(Vec<float> v) { return _mm512_sqrt_ps(v); }
+inline Vec<double> square_root(Vec<double> v) { return _mm512_sqrt_pd(v); }
+#elif defined(__AVX2__)
+inline Vec<float> square_root(Vec<float> v) { return _mm256_sqrt_ps(v); }
+inline Vec<double> square_root(Vec<double> v) { return _mm256_sqrt_pd(v); }
+#elif defined(__SSE2__)
+inline Vec<float> square_root(Vec<float> v) { return _mm_sqrt_ps(v); }
+inline Vec<double> square_root(Vec<double> v) { return _mm_sqrt_pd(v); }
+#else
+template <class V> V square_root(V v) {
+  for (size_t i = 0; i < sizeof v / sizeof v[0]; ++i) v[i] = __builtin_sqrt(v[i]);
+  return v;
+}
+#endif
+
 inline void store(float* p, Vec<float> v) { *reinterpret_cast<Lanes<float>::unaligned*>(p) = v; }
 inline void store(double* p, Vec<double> v) { *reinterpret_cast<Lanes<double>::unaligned*>(p) = v; }
 
@@ -178,6 +194,21 @@ inline Vec<float> load(const f16* p) {
 inline void store(f16* p, Vec<float> v) {
   for (int i = 0; i < kLanes<float>; ++i) p[i] = from_accumulator<f16>(v[i]);
 }
+#endif
+
+// Lanes of 64 bits, and the products of their lower halves.
+typedef std::uint64_t Wide __attribute__((vector_size(IGB_SIMD_BYTES)));
+typedef std::uint64_t UnalignedWide __attribute__((vector_size(IGB_SIMD_BYTES), aligned(4), may_alias));
+constexpr int kWideLanes = IGB_SIMD_BYTES / 8;
+
+#if defined(__AVX512F__)
+inline Wide multiply_lower(Wide x, Wide y) { return Wide(_mm512_maskz_mul_epu32(0xff, __m512i(x), __m512i(y))); }
+#elif defined(__AVX2__)
+inline Wide multiply_lower(Wide x, Wide y) { return Wide(_mm256_mul_epu32(__m256i(x), __m256i(y))); }
+#elif defined(__SSE2__)
+inline Wide multiply_lower(Wide x, Wide y) { return Wide(_mm_mul_epu32(__m128i(x), __m128i(y))); }
+#else
+inline Wide multiply_lower(Wide x, Wide y) { return (x & 0xffffffffu) * (y & 0xffffffffu); }
 #endif
 
 // The first `count` < lanes elements, zeros behind them.

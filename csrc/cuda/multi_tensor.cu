@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <vector>
 
+#include "../core/philox.h"
 #include "device.cuh"
 #include "launch.h"
 
@@ -238,7 +239,7 @@ void gram(const Table& grads, double* gram, double* scratch, Stream stream) {
   });
 }
 
-// ---- Norms and moving averages ---------------------------------------------------------------------------
+// ---- Norms, moving averages and sums of squares ----------------------------------------------------------
 
 namespace {
 
@@ -269,10 +270,37 @@ __global__ void __launch_bounds__(kThreads, 4) norm_partial(const View table, DT
   block_sums(sum, partials + blockIdx.y * gridDim.x + blockIdx.x);
 }
 
+// What a pass over rows makes of an element of the state and one of the gradient: what it writes, and what it sums.
+template <class A> struct Average {
+  A keep, take;
+  __device__ A next(A state, A grad) const { return keep * state + take * grad; }
+  __device__ A summand(A next, A) const { return next * next; }
+};
+struct Averaging {
+  const double* decay;
+  const double* scales;
+  template <class A> __device__ Average<A> of_row(int task) const {
+    return {A(*decay), A((1 - *decay) * (scales ? scales[task] : 1.0))};
+  }
+};
+
+__device__ inline float inverse_root(float x) { return rsqrtf(x); }
+__device__ inline double inverse_root(double x) { return rsqrt(x); }
+
+template <class A> struct AddSquare {
+  A eps;
+  __device__ A next(A state, A grad) const { return state + grad * grad; }
+  __device__ A summand(A next, A grad) const { return grad * grad * inverse_root(next + eps); }
+};
+struct AddingSquares {
+  double eps;
+  template <class A> __device__ AddSquare<A> of_row(int) const { return {A(eps)}; }
+};
+
 // Grid: (blocks, tasks). A null state or grad counts as zeros.
-template <class T>
+template <class T, class Rule>
 __global__ void __launch_bounds__(kThreads, 4)
-    ema_partial(const View out, const View state, const View grads, DType dtype, const double* decay, double* partials) {
+    update_partial(const View out, const View state, const View grads, DType dtype, const Rule rules, double* partials) {
   using A = Accumulator<T>;
   constexpr int N = kPack<T>;
   struct Packs {
@@ -280,7 +308,7 @@ __global__ void __launch_bounds__(kThreads, 4)
     Packed<T, N> grad;
   };
   const int task = blockIdx.y;
-  const A keep = A(*decay), take = A(1 - *decay);
+  const auto rule = rules.template of_row<A>(task);
   A sum[1] = {};
   for (std::int64_t c = blockIdx.x; c < grads.chunks; c += gridDim.x) {
     const Chunk chunk = chunk_at<T>(grads, dtype, c);
@@ -301,16 +329,16 @@ __global__ void __launch_bounds__(kThreads, 4)
           Packed<A, N> result;
 #pragma unroll
           for (int e = 0; e < N; ++e) {
-            const A v = keep * packs.old.get(e) + take * packs.grad.get(e);
+            const A given = packs.grad.get(e), v = rule.next(packs.old.get(e), given);
             result.set(e, v);
-            sum[0] += v * v;
+            sum[0] += rule.summand(v, given);
           }
           result.store(to + i * N);
         });
     for (int i = packs * N + threadIdx.x; i < chunk.size; i += kThreads) {
-      const A v = keep * (old ? old[i] : A(0)) + take * (grad ? widen(grad[i]) : A(0));
+      const A given = grad ? widen(grad[i]) : A(0), v = rule.next(old ? old[i] : A(0), given);
       to[i] = v;
-      sum[0] += v * v;
+      sum[0] += rule.summand(v, given);
     }
   }
   block_sums(sum, partials + blockIdx.y * gridDim.x + blockIdx.x);
@@ -351,12 +379,27 @@ void sq_norms(const Table& grads, double* norms, double* scratch, Stream stream)
   });
 }
 
-void ema(const Table& out, const Table& state, const Table& grads, const double* decay, double* norms, double* scratch,
-         Stream stream) {
-  norms_by(grads, norms, scratch, stream, [&](DType dtype, auto tag, dim3 grid) {
-    IGB_LAUNCH(ema_partial<Element<decltype(tag)>>, grid, kThreads, stream, View(out), View(state), View(grads), dtype,
-               decay, scratch);
+namespace {
+
+template <class Rule>
+void update_rows(const Table& out, const Table& state, const Table& grads, const Rule& rule, double* totals,
+                 double* scratch, Stream stream) {
+  norms_by(grads, totals, scratch, stream, [&](DType dtype, auto tag, dim3 grid) {
+    IGB_LAUNCH((update_partial<Element<decltype(tag)>, Rule>), grid, kThreads, stream, View(out), View(state), View(grads),
+               dtype, rule, scratch);
   });
+}
+
+}  // namespace
+
+void ema(const Table& out, const Table& state, const Table& grads, const double* decay, const double* scales,
+         double* norms, double* scratch, Stream stream) {
+  update_rows(out, state, grads, Averaging{decay, scales}, norms, scratch, stream);
+}
+
+void accumulate_squares(const Table& out, const Table& state, const Table& grads, double eps, double* excess,
+                        double* scratch, Stream stream) {
+  update_rows(out, state, grads, AddingSquares{eps}, excess, scratch, stream);
 }
 
 // ---- Weighted sum ----------------------------------------------------------------------------------------
@@ -365,6 +408,11 @@ namespace {
 
 // So many rows' loads are under way together.
 constexpr int kRowsAtOnce = 4;
+
+// Whether sums of T can be written as O: in the same precision, widened to the accumulator's, or rounded from it.
+template <class T, class O>
+constexpr bool kCombines = std::is_same_v<O, T> || std::is_same_v<O, Accumulator<T>> ||
+                           (std::is_same_v<T, Accumulator<T>> && std::is_same_v<Accumulator<O>, T>);
 
 // out (+)= sum_k weights[k] * rows[k] in the columns where rows are T and out is O.
 template <class T, class O>
@@ -427,11 +475,118 @@ void combine(const Table& out, const Table& grads, const double* weights, bool a
     using T = Element<decltype(row_tag)>;
     for_each_dtype(out, [&](DType out_dtype, auto out_tag) {
       using O = Element<decltype(out_tag)>;
-      using A = Accumulator<T>;
-      constexpr bool widens = std::is_same_v<O, A>, narrows = std::is_same_v<T, A> && std::is_same_v<Accumulator<O>, A>;
-      if constexpr (std::is_same_v<O, T> || widens || narrows)
+      if constexpr (kCombines<T, O>)
         IGB_LAUNCH((weighted_sum<T, O>), blocks_for(grads), kThreads, stream, View(out), View(grads), row_dtype, out_dtype,
                    weights, accumulate);
+    });
+  });
+}
+
+// ---- One sign in each element ------------------------------------------------------------------------------
+
+namespace {
+
+// Elements that one stream of random words is for.
+constexpr int kDrawn = 4;
+
+template <class T> constexpr int kSignRowsAtOnce = sizeof(T) == 8 ? 1 : 4;  // more would not fit the registers
+
+// As igb::cpu::sign_drop in the columns where rows are T and out is O, with the same sums in the same order.
+template <class T, class O>
+__global__ void __launch_bounds__(kThreads, 4)
+    sign_drop_partial(const View out, const View grads, DType row_dtype, DType out_dtype, const double* counter,
+                      const double* leaks, double* partials) {
+  using A = Accumulator<T>;
+  constexpr int N = kDrawn, kAtOnce = kSignRowsAtOnce<T>;
+  __shared__ const T* rows[kMaxTasks];
+  __shared__ A shares[kMaxTasks];
+  const int tasks = grads.tasks;
+  const std::uint64_t seed = std::uint64_t(std::int64_t(counter[0])), step = std::uint64_t(std::int64_t(counter[1]));
+  for (int k = threadIdx.x; k < tasks; k += kThreads) shares[k] = leaks ? A(leaks[k]) : A(0);
+  A squares[1] = {};
+  for (std::int64_t c = blockIdx.x; c < grads.chunks; c += gridDim.x) {
+    const Chunk chunk = chunk_at<T>(grads, row_dtype, c);
+    if (chunk.size == 0 || out.dtype[chunk.param] != std::uint64_t(out_dtype)) continue;
+    O* const to = out.row<O>(0, chunk.param, chunk.offset);
+    bool aligned = is_aligned(to);
+    __syncthreads();  // every thread has left the last chunk's rows
+    for (int k = threadIdx.x; k < tasks; k += kThreads) {
+      rows[k] = grads.row<const T>(k, chunk.param, chunk.offset);
+      aligned = aligned && is_aligned(rows[k]);
+    }
+    aligned = __syncthreads_and(aligned);
+    for (int i = threadIdx.x * N; i < chunk.size; i += kThreads * N) {
+      const int count = chunk.size - i < N ? chunk.size - i : N;
+      const bool whole = aligned && count == N;
+      A positive[N] = {}, negative[N] = {}, leaked_positive[N] = {}, leaked_negative[N] = {};
+      for (int first = 0; first < tasks; first += kAtOnce) {
+        Packed<T, N> packed[kAtOnce];
+#pragma unroll
+        for (int r = 0; r < kAtOnce; ++r) {
+          const T* const row = first + r < tasks ? rows[first + r] : nullptr;
+          if (!row) continue;
+          if (whole) {
+            packed[r].load(row + i);
+          } else {
+#pragma unroll
+            for (int e = 0; e < N; ++e)
+              if (e < count) packed[r].set(e, widen(row[i + e]));
+          }
+        }
+#pragma unroll
+        for (int r = 0; r < kAtOnce; ++r) {
+          if (first + r >= tasks || !rows[first + r]) continue;
+          const A leak = shares[first + r];
+#pragma unroll
+          for (int e = 0; e < N; ++e) {
+            const A g = packed[r].get(e), above = g > A(0) ? g : A(0), below = above - g;
+            positive[e] += above;
+            negative[e] += below;
+            leaked_positive[e] += leak * above;
+            leaked_negative[e] += leak * below;
+          }
+        }
+      }
+      const Random4 random = philox(seed, step, element_stream(chunk.param, chunk.offset + i));
+      Packed<O, N> result;
+#pragma unroll
+      for (int e = 0; e < N; ++e) {
+        const A all = positive[e] + negative[e], difference = positive[e] - negative[e];
+        const bool up = difference > A(signed_uniform(random.words[e])) * all;
+        const A v = up ? positive[e] - leaked_negative[e] : leaked_positive[e] - negative[e];
+        result.set(e, v + (all - all));  // NaN where not finite
+        const A written = A(result.get(e));
+        squares[0] += written * written;  // beyond the end, zeros
+      }
+      if (whole) {
+        result.store(to + i);
+      } else {
+#pragma unroll
+        for (int e = 0; e < N; ++e)
+          if (e < count) to[i + e] = narrow<O>(result.get(e));
+      }
+    }
+  }
+  block_sums(squares, partials + blockIdx.x);
+}
+
+}  // namespace
+
+void sign_drop(const Table& out, const Table& grads, const double* counter, const double* leaks, double* norm,
+               double* scratch, Stream stream) {
+  if (grads.dtypes == 0) return IGB_CUDA_CHECK(cudaMemsetAsync(norm, 0, sizeof(double), stream));
+  const int blocks = blocks_for(grads);
+  bool accumulate = false;
+  for_each_dtype(grads, [&](DType row_dtype, auto row_tag) {
+    using T = Element<decltype(row_tag)>;
+    for_each_dtype(out, [&](DType out_dtype, auto out_tag) {
+      using O = Element<decltype(out_tag)>;
+      if constexpr (kCombines<T, O>) {
+        IGB_LAUNCH((sign_drop_partial<T, O>), blocks, kThreads, stream, View(out), View(grads), row_dtype, out_dtype,
+                   counter, leaks, scratch);
+        IGB_LAUNCH(norm_total, 1, kThreads, stream, scratch, blocks, 1, accumulate, norm);
+        accumulate = true;
+      }
     });
   });
 }

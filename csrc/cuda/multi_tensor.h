@@ -44,11 +44,19 @@ void gram(const Table& grads, double* gram, double* scratch, Stream stream);
 void sq_norms(const Table& grads, double* norms, double* scratch, Stream stream);
 
 // As igb::cpu::ema; decay is one double. out and state have the layout of grads.
-void ema(const Table& out, const Table& state, const Table& grads, const double* decay, double* norms, double* scratch,
-         Stream stream);
+void ema(const Table& out, const Table& state, const Table& grads, const double* decay, const double* scales,
+         double* norms, double* scratch, Stream stream);
+
+// As igb::cpu::accumulate_squares.
+void accumulate_squares(const Table& out, const Table& state, const Table& grads, double eps, double* excess,
+                        double* scratch, Stream stream);
 
 // out (+)= sum_k weights[k] * grads[k]; out has one row and no missing entries, and may be one of the rows.
 void combine(const Table& out, const Table& grads, const double* weights, bool accumulate, Stream stream);
+
+// As igb::cpu::sign_drop, with seed and step in counter[2]; scratch as for norms of grads.
+void sign_drop(const Table& out, const Table& grads, const double* counter, const double* leaks, double* norm,
+               double* scratch, Stream stream);
 
 // out = kept (zeros where kept has no entry) if status has non_finite; both hold rows of the same accumulators.
 void rollback(const Table& out, const Table& kept, const std::int32_t* status, Stream stream);

@@ -79,6 +79,13 @@ def _is_dense(t: Tensor) -> bool:
     return True
 
 
+def in_memory_order(values: Tensor, like: Tensor) -> Tensor:
+    """Values [n] in the shape of `like`, in the order in which rows like it are stored."""
+    if like.is_contiguous() or not _is_dense(like):
+        return values.reshape(like.shape)
+    return values.as_strided(like.shape, like.stride())
+
+
 def _laid_out(
     tensors: OptionalTensors, columns: OptionalTensors, strides: Sequence[tuple[int, ...] | None]
 ) -> OptionalTensors:

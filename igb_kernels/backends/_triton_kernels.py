@@ -181,7 +181,7 @@ def gram_of_many(
         tl.store(out, sums.to(tl.float64), mask=(j[None, :] <= i[:, None]) & (i < tasks)[:, None])
 
 
-# ---- Squared norms and moving averages ---------------------------------------------------------------------------
+# ---- Squared norms, moving averages and sums of squares ----------------------------------------------------------
 
 
 @triton.jit
@@ -213,7 +213,7 @@ def sq_norms(
 
 @triton.jit
 def _average(
-    out, old, new, b, first, length,
+    out, old, new, keep, take, first, length,
     DTYPE: tl.constexpr, ACC: tl.constexpr, BLOCK: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     sums = tl.zeros([BLOCK], dtype=ACC)
@@ -221,7 +221,7 @@ def _average(
         offsets = first + start + tl.arange(0, BLOCK)
         state = _load(old, offsets, first + length, ACC, WIDE)
         grad = _load(new, offsets, first + length, DTYPE, WIDE).to(ACC)
-        average = b.to(ACC) * state + (1 - b).to(ACC) * grad
+        average = keep.to(ACC) * state + take.to(ACC) * grad
         _store(out, offsets, first + length, average, ACC, WIDE)
         # Elements past the end are 0 here, too.
         sums += average * average
@@ -230,20 +230,59 @@ def _average(
 
 @triton.jit(do_not_specialize=["params", "before", "total"])
 def ema(
-    out_addresses, state_addresses, grad_addresses, chunks, partials, decay, params, before, total,
+    out_addresses, state_addresses, grad_addresses, chunks, partials, decay, scales, params, before, total,
     DTYPE: tl.constexpr, ACC: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
-    """out = decay · state + (1 - decay) · grads and its squared norm, for the row that grid axis 1 chooses."""
+    """out = decay · state + (1 - decay) · scales_k · grads and its squared norm; grid axis 1 chooses k."""
     column, first, length = _chunk(chunks)
     k = tl.program_id(1).to(tl.int64)
     entry = k * params + column
     out, old, new = tl.load(out_addresses + entry), tl.load(state_addresses + entry), tl.load(grad_addresses + entry)
-    b = tl.load(decay)
+    keep = tl.load(decay)
+    take = 1 - keep
+    if scales is not None:
+        take *= tl.load(scales + k)
     length = tl.where(out != 0, length, 0)  # nothing to do without a tensor to write to
     if (length == CHUNK) & ((out | old | new) % 16 == 0):
-        total_of_chunk = _average(out, old, new, b, first, length, DTYPE, ACC, BLOCK, True)
+        total_of_chunk = _average(out, old, new, keep, take, first, length, DTYPE, ACC, BLOCK, True)
     else:
-        total_of_chunk = _average(out, old, new, b, first, length, DTYPE, ACC, BLOCK, False)
+        total_of_chunk = _average(out, old, new, keep, take, first, length, DTYPE, ACC, BLOCK, False)
+    tl.store(partials + k * total + before + tl.program_id(0), total_of_chunk.to(tl.float64))
+
+
+@triton.jit
+def _add_squares(
+    out, old, new, eps, first, length,
+    DTYPE: tl.constexpr, ACC: tl.constexpr, BLOCK: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    sums = tl.zeros([BLOCK], dtype=ACC)
+    for start in range(0, length, BLOCK):
+        offsets = first + start + tl.arange(0, BLOCK)
+        grad = _load(new, offsets, first + length, DTYPE, WIDE).to(ACC)
+        squares = grad * grad
+        total = _load(old, offsets, first + length, ACC, WIDE) + squares
+        _store(out, offsets, first + length, total, ACC, WIDE)
+        # Elements past the end are 0 here, too.
+        sums += squares * tl.rsqrt(total + eps.to(ACC))
+    return tl.sum(sums, axis=0)
+
+
+@triton.jit(do_not_specialize=["params", "before", "total"])
+def accumulate_squares(
+    out_addresses, state_addresses, grad_addresses, chunks, partials, eps, params, before, total,
+    DTYPE: tl.constexpr, ACC: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr,
+):  # fmt: skip
+    """out = state + grads² and Σ grads² / √(out + eps), for the row that grid axis 1 chooses."""
+    column, first, length = _chunk(chunks)
+    k = tl.program_id(1).to(tl.int64)
+    entry = k * params + column
+    out, old, new = tl.load(out_addresses + entry), tl.load(state_addresses + entry), tl.load(grad_addresses + entry)
+    e = tl.load(eps)
+    length = tl.where(out != 0, length, 0)
+    if (length == CHUNK) & ((out | old | new) % 16 == 0):
+        total_of_chunk = _add_squares(out, old, new, e, first, length, DTYPE, ACC, BLOCK, True)
+    else:
+        total_of_chunk = _add_squares(out, old, new, e, first, length, DTYPE, ACC, BLOCK, False)
     tl.store(partials + k * total + before + tl.program_id(0), total_of_chunk.to(tl.float64))
 
 
@@ -306,3 +345,81 @@ def combine(
             _weighted_sum(
                 out, rows, weights, first, length, params, tasks, DTYPE, OUT, ACC, ACCUMULATE, GROUP, BLOCK, False
             )  # fmt: skip
+
+
+# ---- One sign in each element ------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _words(counter, streams):
+    """Those of csrc/core/philox.h, [streams, 4]."""
+    seed, step = tl.load(counter).to(tl.int64), tl.load(counter + 1).to(tl.int64)
+    lower = streams.to(tl.uint32)
+    a, b, c, d = tl.philox(
+        seed, lower, (streams >> 32).to(tl.uint32), tl.zeros_like(lower) + step.to(tl.uint32),
+        tl.zeros_like(lower) + (step >> 32).to(tl.uint32),
+    )  # fmt: skip
+    return tl.reshape(tl.join(tl.join(a, c), tl.join(b, d)), [streams.shape[0], 4])
+
+
+@triton.jit
+def _sum_of_one_sign(
+    out, addresses, counter, leaks, column, first, length, params, tasks,
+    DTYPE: tl.constexpr, OUT: tl.constexpr, ACC: tl.constexpr, GROUP: tl.constexpr, STREAMS: tl.constexpr,
+    WIDE: tl.constexpr,
+):  # fmt: skip
+    # A row of a block has the elements of one stream of random words.
+    elements = tl.arange(0, STREAMS)[:, None] * 4 + tl.arange(0, 4)[None, :]
+    squares = tl.zeros([STREAMS, 4], dtype=ACC)
+    for start in range(0, length, 4 * STREAMS):
+        offsets = first + start + elements
+        positive = tl.zeros([STREAMS, 4], dtype=ACC)
+        negative = tl.zeros([STREAMS, 4], dtype=ACC)
+        leaked_positive = tl.zeros([STREAMS, 4], dtype=ACC)
+        leaked_negative = tl.zeros([STREAMS, 4], dtype=ACC)
+        for group in range(0, tasks, GROUP):
+            for k in tl.static_range(GROUP):
+                row = tl.load(addresses + (group + k) * params, mask=group + k < tasks, other=0)
+                g = _load(row, offsets, first + length, DTYPE, WIDE).to(ACC)
+                above = tl.where(g > 0, g, 0.0)
+                below = above - g
+                positive += above
+                negative += below
+                if leaks is not None:
+                    leak = tl.load(leaks + group + k, mask=row != 0, other=0.0).to(ACC)
+                    leaked_positive += leak * above
+                    leaked_negative += leak * below
+        words = _words(counter, (column << 40) + (first + start) // 4 + tl.arange(0, STREAMS))
+        # 2U - 1, in the 24 bits that a float32 holds.
+        t = ((words >> 7) | 1).to(tl.int32) - (1 << 24)
+        size = positive + negative
+        up = positive - negative > (t.to(tl.float32) * (1.0 / (1 << 24))).to(ACC) * size
+        chosen = tl.where(up, positive - leaked_negative, leaked_positive - negative)
+        written = (chosen + (size - size)).to(OUT)  # NaN where not finite
+        _store(out, offsets, first + length, written, OUT, WIDE)
+        squares += written.to(ACC) * written.to(ACC)  # elements past the end are 0 here, too
+    return tl.sum(tl.sum(squares, axis=1), axis=0)
+
+
+@triton.jit(do_not_specialize=["params", "tasks", "before"])
+def sign_drop(
+    out_addresses, addresses, chunks, partials, counter, leaks, params, tasks, before,
+    DTYPE: tl.constexpr, OUT: tl.constexpr, ACC: tl.constexpr, GROUP: tl.constexpr, STREAMS: tl.constexpr,
+    CHUNK: tl.constexpr,
+):  # fmt: skip
+    """In each element the rows' entries of one sign, and leaks_k of the others; partial sums of the squares of out."""
+    column, first, length = _chunk(chunks)
+    out = tl.load(out_addresses + column)
+    rows = addresses + column
+    bits = out
+    for k in range(tasks):
+        bits |= tl.load(rows + k * params)
+    if (length == CHUNK) & (bits % 16 == 0):
+        sum_of_chunk = _sum_of_one_sign(
+            out, rows, counter, leaks, column, first, length, params, tasks, DTYPE, OUT, ACC, GROUP, STREAMS, True
+        )  # fmt: skip
+    else:
+        sum_of_chunk = _sum_of_one_sign(
+            out, rows, counter, leaks, column, first, length, params, tasks, DTYPE, OUT, ACC, GROUP, STREAMS, False
+        )  # fmt: skip
+    tl.store(partials + before + tl.program_id(0), sum_of_chunk.to(tl.float64))

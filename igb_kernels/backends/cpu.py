@@ -42,17 +42,35 @@ def sq_norms(grads: Table, tasks: int) -> Tensor:
     return out
 
 
-def ema_(out: Table, state: Table, grads: Table, decay: Tensor, tasks: int) -> Tensor:
-    norms = torch.empty(tasks, dtype=torch.float64)
-    _C.ema(out.native, state.native, grads.native, decay.item(), norms.data_ptr(), torch.get_num_threads())
+def ema_(out: Table, state: Table, grads: Table, decay: Tensor, tasks: int, scales: Tensor | None = None) -> Tensor:
+    norms, scales = torch.empty(tasks, dtype=torch.float64), _optional_doubles(scales)
+    _C.ema(
+        out.native, state.native, grads.native, decay.item(), _address(scales), norms.data_ptr(),
+        torch.get_num_threads(),
+    )  # fmt: skip
     out.write_back()
     return norms
+
+
+def accumulate_squares_(out: Table, state: Table, grads: Table, eps: float, tasks: int) -> Tensor:
+    excess = torch.empty(tasks, dtype=torch.float64)
+    _C.accumulate_squares(out.native, state.native, grads.native, eps, excess.data_ptr(), torch.get_num_threads())
+    out.write_back()
+    return excess
 
 
 def combine_(out: Table, grads: Table, weights: Tensor, accumulate: bool) -> None:
     weights = _doubles(weights)
     _C.combine(out.native, grads.native, weights.data_ptr(), accumulate, torch.get_num_threads())
     out.write_back()
+
+
+def sign_drop_(out: Table, grads: Table, counter: Tensor, leak: Tensor | None) -> Tensor:
+    norm, leak = torch.empty(1, dtype=torch.float64), _optional_doubles(leak)
+    seed, step = map(int, counter.tolist())
+    _C.sign_drop(out.native, grads.native, seed, step, _address(leak), norm.data_ptr(), torch.get_num_threads())
+    out.write_back()
+    return norm
 
 
 def rollback_(out: Table, kept: Table, status: Tensor) -> None:

@@ -86,17 +86,28 @@ def sq_norms(grads: Table, tasks: int) -> Tensor:
     return out
 
 
-def ema_(out: Table, state: Table, grads: Table, decay: Tensor, tasks: int) -> Tensor:
+def ema_(out: Table, state: Table, grads: Table, decay: Tensor, tasks: int, scales: Tensor | None = None) -> Tensor:
     with _on(out.device):
-        decay = _as_doubles(decay, out.device)
+        decay, scales = _as_doubles(decay, out.device), _optional_doubles(scales, out.device)
         norms = _doubles(out.device, tasks)
         scratch = _doubles(out.device, native.norm_scratch(out.native))
         native.ema(
-            out.native, state.native, grads.native, decay.data_ptr(), norms.data_ptr(), scratch.data_ptr(),
-            _stream(out.device),
+            out.native, state.native, grads.native, decay.data_ptr(), _address(scales), norms.data_ptr(),
+            scratch.data_ptr(), _stream(out.device),
         )  # fmt: skip
         out.write_back()
     return norms
+
+
+def accumulate_squares_(out: Table, state: Table, grads: Table, eps: float, tasks: int) -> Tensor:
+    with _on(out.device):
+        excess = _doubles(out.device, tasks)
+        scratch = _doubles(out.device, native.norm_scratch(out.native))
+        native.accumulate_squares(
+            out.native, state.native, grads.native, eps, excess.data_ptr(), scratch.data_ptr(), _stream(out.device)
+        )
+        out.write_back()
+    return excess
 
 
 def combine_(out: Table, grads: Table, weights: Tensor, accumulate: bool) -> None:
@@ -104,6 +115,19 @@ def combine_(out: Table, grads: Table, weights: Tensor, accumulate: bool) -> Non
         weights = _as_doubles(weights, out.device)
         native.combine(out.native, grads.native, weights.data_ptr(), accumulate, _stream(out.device))
         out.write_back()
+
+
+def sign_drop_(out: Table, grads: Table, counter: Tensor, leak: Tensor | None) -> Tensor:
+    with _on(out.device):
+        counter, leak = _as_doubles(counter, out.device), _optional_doubles(leak, out.device)
+        norm = _doubles(out.device, 1)
+        scratch = _doubles(out.device, native.norm_scratch(grads.native))
+        native.sign_drop(
+            out.native, grads.native, counter.data_ptr(), _address(leak), norm.data_ptr(), scratch.data_ptr(),
+            _stream(out.device),
+        )  # fmt: skip
+        out.write_back()
+    return norm
 
 
 def rollback_(out: Table, kept: Table, status: Tensor) -> None:

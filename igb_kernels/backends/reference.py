@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from igb_kernels.backends import OptionalTensors
-from igb_kernels.backends._layout import bring_back, on_cpu
+from igb_kernels.backends._layout import bring_back, in_memory_order, on_cpu
+from igb_kernels.backends._random import uniforms
 from igb_kernels.status import Status
 
 
@@ -103,14 +104,30 @@ def sq_norms(grads: Table, tasks: int) -> Tensor:
     return grads.matrix().square().sum(dim=1)
 
 
-def ema_(out: Table, state: Table, grads: Table, decay: Tensor, tasks: int) -> Tensor:
-    b = decay.double().reshape(())
-    for o, s, g in zip(out.tensors, state.tensors, grads.tensors, strict=True):
+def ema_(out: Table, state: Table, grads: Table, decay: Tensor, tasks: int, scales: Tensor | None = None) -> Tensor:
+    b, params = decay.double().reshape(()), len(out.tensors) // tasks
+    take = (1 - b).expand(tasks) if scales is None else (1 - b) * scales.double().to(b.device)
+    for i, (o, s, g) in enumerate(zip(out.tensors, state.tensors, grads.tensors, strict=True)):
         if o is not None:
-            old = torch.zeros_like(o, dtype=torch.float64) if s is None else s.double()
-            new = torch.zeros_like(o, dtype=torch.float64) if g is None else g.double()
-            o.copy_(b * old + (1 - b) * new)
+            average = torch.zeros_like(o, dtype=torch.float64) if s is None else b * s.double()
+            if g is not None:
+                average += take[i // params] * g.double()
+            o.copy_(average)
     return sq_norms(out, tasks)
+
+
+def accumulate_squares_(out: Table, state: Table, grads: Table, eps: float, tasks: int) -> Tensor:
+    params = len(out.tensors) // tasks
+    excess = torch.zeros(
+        tasks, dtype=torch.float64, device=next((o.device for o in out.tensors if o is not None), None)
+    )
+    for i, (o, s, g) in enumerate(zip(out.tensors, state.tensors, grads.tensors, strict=True)):
+        if o is not None:
+            squares = torch.zeros_like(o, dtype=torch.float64) if g is None else g.double().square()
+            total = squares if s is None else s.double() + squares
+            o.copy_(total)
+            excess[i // params] += (squares / (total + eps).sqrt()).sum()
+    return excess
 
 
 def combine_(out: Table, grads: Table, weights: Tensor, accumulate: bool) -> None:
@@ -123,6 +140,37 @@ def combine_(out: Table, grads: Table, weights: Tensor, accumulate: bool) -> Non
             if g is not None:
                 total = total + w[k] * g.double()
         o.copy_(total)
+
+
+def sign_drop_(out: Table, grads: Table, counter: Tensor, leak: Tensor | None) -> Tensor:
+    params = len(out.tensors)
+    leaks = torch.zeros(grads.tasks, dtype=torch.float64) if leak is None else leak.double()
+    seed, step = map(int, counter.tolist())
+    norm = torch.zeros(1, dtype=torch.float64, device=counter.device)
+    for p, o in enumerate(out.tensors):
+        assert o is not None
+        column = grads.tensors[p::params]
+        present = [k for k, g in enumerate(column) if g is not None]
+        rows = [torch.zeros_like(o, dtype=torch.float64), *(g.double() for g in column if g is not None)]
+        blocks = (p << 40) + torch.arange(-(-o.numel() // 4), device=o.device)
+        drawn = in_memory_order(uniforms(seed, step, blocks)[: o.numel()], o)
+        o.copy_(sign_drop(torch.stack(rows), drawn, torch.cat([leaks.new_zeros(1), leaks[present]])))
+        norm += o.double().square().sum()
+    return norm
+
+
+def sign_drop(grads: Tensor, drawn: Tensor, leak: Tensor) -> Tensor:
+    """GradDrop of gradients [K, ...], float64, with the uniform numbers [...] for their coordinates and leaks [K]."""
+    kept = torch.where(drawn < positive_share(grads), grads > 0, grads < 0)
+    factors = torch.where(kept, 1.0, leak.to(grads).reshape(-1, *[1] * drawn.dim()))
+    finite = grads.isfinite().all(dim=0)
+    return torch.where(finite, (factors * grads).sum(dim=0), torch.nan)
+
+
+def positive_share(grads: Tensor) -> Tensor:
+    """Of the coordinates' sizes, summed over K gradients [K, ...]; a half where there is nothing."""
+    size = grads.abs().sum(dim=0)
+    return torch.where(size == 0, 0.5, (1 + grads.sum(dim=0) / size) / 2)
 
 
 def rollback_(out: Table, kept: Table, status: Tensor) -> None:

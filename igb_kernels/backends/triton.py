@@ -125,14 +125,30 @@ def sq_norms(grads: Table, tasks: int) -> Tensor:
         return _sums(partials, torch.empty(tasks, dtype=torch.float64, device=device))
 
 
-def ema_(out: Table, state: Table, grads: Table, decay: Tensor, tasks: int) -> Tensor:
+def ema_(out: Table, state: Table, grads: Table, decay: Tensor, tasks: int, scales: Tensor | None = None) -> Tensor:
     launches, device = grads.launches(out), out.device
     partials = _partials(launches, tasks, device)
     decay = decay.to(device, torch.float64)
+    scales = None if scales is None else scales.to(device, torch.float64).contiguous()
     with _on(device):
         for launch in launches:
             _triton_kernels.ema[launch.programs, tasks](
-                out.on(device), state.on(device), grads.on(device), launch.chunks, partials, decay, out.params,
+                out.on(device), state.on(device), grads.on(device), launch.chunks, partials, decay, scales,
+                out.params, launch.before, partials.shape[1],
+                BLOCK=LANES * launch.vector, CHUNK=CHUNK, **launch.dtypes(), **OPTIONS,
+            )  # fmt: skip
+        out.write_back()
+        return _sums(partials, torch.empty(tasks, dtype=torch.float64, device=device))
+
+
+def accumulate_squares_(out: Table, state: Table, grads: Table, eps: float, tasks: int) -> Tensor:
+    launches, device = grads.launches(out), out.device
+    partials = _partials(launches, tasks, device)
+    as_double = torch.full((1,), eps, dtype=torch.float64, device=device)  # a Python float would become a float32
+    with _on(device):
+        for launch in launches:
+            _triton_kernels.accumulate_squares[launch.programs, tasks](
+                out.on(device), state.on(device), grads.on(device), launch.chunks, partials, as_double, out.params,
                 launch.before, partials.shape[1],
                 BLOCK=LANES * launch.vector, CHUNK=CHUNK, **launch.dtypes(), **OPTIONS,
             )  # fmt: skip
@@ -151,6 +167,23 @@ def combine_(out: Table, grads: Table, weights: Tensor, accumulate: bool) -> Non
                 BLOCK=LANES * launch.vector, CHUNK=CHUNK, **launch.dtypes(), **OPTIONS,
             )  # fmt: skip
         out.write_back()
+
+
+def sign_drop_(out: Table, grads: Table, counter: Tensor, leak: Tensor | None) -> Tensor:
+    launches, device = grads.launches(out), out.device
+    partials = _partials(launches, 1, device)
+    counter = counter.contiguous()
+    leak = None if leak is None else leak.to(device, torch.float64).contiguous()
+    with _on(device):
+        for launch in launches:
+            _triton_kernels.sign_drop[launch.programs,](
+                out.on(device), grads.on(device), launch.chunks, partials, counter, leak, out.params, grads.tasks,
+                launch.before,
+                OUT=_TRITON_DTYPES[launch.codes[1]], GROUP=min(grads.tasks, ROWS_AT_ONCE), STREAMS=LANES, CHUNK=CHUNK,
+                **launch.dtypes(), **OPTIONS,
+            )  # fmt: skip
+        out.write_back()
+        return _sums(partials, torch.empty(1, dtype=torch.float64, device=device))
 
 
 def rollback_(out: Table, kept: Table, status: Tensor) -> None:

@@ -44,6 +44,13 @@ def measure(gram: Tensor, inactive: float = INACTIVE) -> Tasks:
     return Tasks(norms, active, status)
 
 
+def project_on_simplex(values: Tensor) -> Tensor:
+    """The nearest point [K] with no negative entry and sum 1."""
+    descending = values.sort(descending=True).values
+    excess = (descending.cumsum(0) - 1) / torch.arange(1, len(values) + 1, dtype=values.dtype)
+    return (values - excess[descending > excess][-1]).clamp_min(0)
+
+
 def unit_diagonal(gram: Tensor, tasks: Tasks) -> Tensor:
     """The cosines [A, A] of the active tasks."""
     norms = tasks.norms[tasks.active]

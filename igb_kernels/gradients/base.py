@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import enum
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -26,6 +26,10 @@ class Needs(enum.Enum):
     """w_k = c · f(‖g_k‖): each gradient is added to the update when it comes, and forgotten."""
     NORMS = "norms"
     GRAM = "gram"
+    EXCESS = "excess"
+    """Σ g_k² / √(accumulated squares), in the place of squared norms."""
+    ELEMENTS = "elements"
+    """The update is chosen element by element, with random numbers from `counter`."""
 
 
 class GradientBalancer:
@@ -38,6 +42,8 @@ class GradientBalancer:
     card: ClassVar[Card]
     learning_rate: ClassVar[float | None] = None
     """The recommended learning rate of `parameters`; None: the optimizer's."""
+    crosses: ClassVar[bool] = False
+    """Whether `solve` can take the cross-Gramian J₁J₂ᵀ of two batches."""
 
     def __init__(self) -> None:
         self.state: Tensor | None = None
@@ -61,6 +67,11 @@ class GradientBalancer:
 
     def ema_decay(self) -> Tensor | None:
         """The decay of the moving averages that take the gradients' place in the next step, or None."""
+        return None
+
+    def row_scales(self) -> Callable[[Tensor, Tensor], Tensor] | None:
+        """What gives the factors on the gradients that enter the moving averages, float64 [K], from their squared
+        norms and raw losses [K]; None: 1."""
         return None
 
     def start(self, tasks: int, device: torch.device) -> None:
@@ -93,6 +104,14 @@ class GradientBalancer:
     def running_factor(self, sq_norms: Tensor) -> Tensor:
         """c of `Needs.RUNNING_NORMS`, [1], from all squared norms [K]; NaN if one is not finite."""
         raise NotImplementedError(f"{self.name} does not need RUNNING_NORMS")
+
+    def counter(self) -> Tensor:
+        """Seed and step of the random numbers of `Needs.ELEMENTS`, float64 [2]."""
+        raise NotImplementedError(f"{self.name} does not need ELEMENTS")
+
+    def leak(self) -> Tensor | None:
+        """The fractions of each task's gradient [K] that `Needs.ELEMENTS` always passes; None: 0."""
+        return None
 
     def held_weights(self) -> Tensor:
         """The weights [K] of a step that needs `Needs.HELD`."""

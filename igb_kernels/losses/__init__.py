@@ -1,10 +1,18 @@
 """Loss balancing: one file per rule."""
 
 from igb_kernels.losses.base import LossBalancer
+from igb_kernels.losses.dwa import DWA
+from igb_kernels.losses.famo import FAMO
+from igb_kernels.losses.gls import GLS
 from igb_kernels.losses.igb_v1 import IGBv1
 from igb_kernels.losses.imtl_l import IMTLL
+from igb_kernels.losses.ldc_mtl import LDCMTL
+from igb_kernels.losses.learned import LearnedLossBalancer
 from igb_kernels.losses.log import Log
+from igb_kernels.losses.rlw import RLW
+from igb_kernels.losses.stch import STCH
 from igb_kernels.losses.unscaled import Unscaled
+from igb_kernels.losses.uw import UW
 
 RULES: dict[str, type[LossBalancer]] = {
     rule.name: rule
@@ -13,13 +21,27 @@ RULES: dict[str, type[LossBalancer]] = {
         Log,
         IGBv1,
         IMTLL,
+        UW,
+        RLW,
+        DWA,
+        GLS,
+        STCH,
+        FAMO,
+        LDCMTL,
     )
 }
 
 __all__ = [
+    "DWA",
+    "FAMO",
+    "GLS",
     "IMTLL",
-    "RULES",
+    "LDCMTL",
+    "RLW",
+    "STCH",
+    "UW",
     "IGBv1",
+    "LearnedLossBalancer",
     "Log",
     "LossBalancer",
     "Unscaled",

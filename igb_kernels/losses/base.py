@@ -54,6 +54,9 @@ class LossBalancer:
             # In place, where the replays of a CUDA graph read it.
             self.state.copy_(torch.where(unusable, self.state, self._next_state))
 
+    def after_step(self, losses: Tensor) -> None:
+        """Called by `Balancer.after_step` with the losses [K] after the optimizer's step."""
+
     def host_decision(self) -> str | None:
         """What the host decides before the next step, so that it cannot be captured in a CUDA graph; None: nothing."""
         return None

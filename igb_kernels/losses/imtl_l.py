@@ -8,7 +8,7 @@ from torch import Tensor
 from igb_kernels import ops
 from igb_kernels.backends.reference import LossProblem
 from igb_kernels.card import Card
-from igb_kernels.losses.learned import LearnedLossBalancer, check_num_tasks
+from igb_kernels.losses.learned import LearnedLossBalancer, check_num_tasks, inward
 from igb_kernels.status import Status
 
 
@@ -62,5 +62,5 @@ def _reference(problem: LossProblem) -> tuple[Tensor, Status]:
     if not bool(log_scales.isfinite().all()):
         return torch.full_like(log_scales, torch.nan), Status.NON_FINITE
     scales = log_scales.clamp(-20, 20).exp()
-    gradient.copy_(scales * problem.losses - 1)
+    gradient.copy_(inward(log_scales, scales * problem.losses - 1))
     return scales, Status(0)

@@ -16,6 +16,8 @@ class LearnedLossBalancer(LossBalancer):
 
     parameter_name: ClassVar[str]
     """What `state_dict` and messages call it."""
+    state_rows: ClassVar[int] = 1
+    """The kernel's state in numbers for each task; the first row is the gradient."""
 
     def __init__(self, initial: Tensor) -> None:
         """`initial` [K], floating: where the parameter starts."""
@@ -36,13 +38,13 @@ class LearnedLossBalancer(LossBalancer):
 
     def scales(self, losses: Tensor, backend: Backend) -> tuple[Tensor, Tensor]:
         # Where there are no scales, the gradient stays NaN, as those of the model are.
-        gradient = torch.full((len(self.parameter),), torch.nan, dtype=torch.float64, device=self.parameter.device)
-        self._next_state = gradient
-        return backend.loss_scales(self.name, losses, self.per_task(), list(self.options().values()), gradient)
+        size = self.state_rows * len(self.parameter)
+        self._next_state = torch.full((size,), torch.nan, dtype=torch.float64, device=self.parameter.device)
+        return backend.loss_scales(self.name, losses, self.per_task(), list(self.options().values()), self._next_state)
 
     def commit(self, losses: Tensor, scales: Tensor, status: Tensor) -> None:
         assert self._next_state is not None, "scales() comes first"
-        gradient = self._next_state.to(self.parameter.dtype)
+        gradient = self._next_state[: len(self.parameter)].to(self.parameter.dtype)
         self.parameter.grad = gradient if self.parameter.grad is None else self.parameter.grad.add_(gradient)
 
     def parameters(self) -> list[torch.nn.Parameter]:
@@ -64,6 +66,12 @@ class LearnedLossBalancer(LossBalancer):
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}(num_tasks={len(self.parameter)})"
+
+
+def inward(parameter: Tensor, gradient: Tensor) -> Tensor:
+    """The gradient [K] of a parameter that counts as within [−20, 20]: beyond, none that leads further out."""
+    held = gradient.clamp_max(0).where(parameter <= -20, gradient)
+    return held.clamp_min(0).where(parameter >= 20, held)
 
 
 def check_num_tasks(num_tasks: int) -> int:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 import igb_kernels as igb
+from igb_kernels.gradients import GradVac, PCGrad
 
 from .models import TASKS, Net, flat
 
@@ -103,6 +104,8 @@ CASES = {
         _named("nash_mtl", "none", "nash_mtl"),
         _nash("nash_mtl unclipped", 0.0),
         _nash("nash_mtl every 3", 1.2, 3),
+        Case("pcgrad", lambda: {"gradients": PCGrad(seed=0)}, "none", "pcgrad"),
+        Case("gradvac", lambda: {"gradients": GradVac(0.3, seed=0)}, "none", "gradvac", {"beta": 0.3}),
         _named("log+imtl_g", "log", "imtl_g"),
         _named("igb_v1+db_mtl", "log", "db_mtl", beta=0.9),
         _igb("igb_v1+emtl", "emtl", lambda: "emtl"),

@@ -82,6 +82,8 @@ BAD_ARGUMENTS = {
     "rule and rule": ({"gradients": "log", "losses": "log"}, ValueError, "losses must stay None.*found 'log'"),
     "empty name": ({"gradients": ""}, ValueError, "found ''"),
     "imtl_l by name": ({"gradients": "imtl_l"}, ValueError, "pass losses=IMTLL"),
+    "uw by name": ({"gradients": "uw"}, ValueError, "uw has a parameter for each task: pass losses=UW"),
+    "ldc_mtl by name": ({"gradients": "imtl_g", "losses": "ldc_mtl"}, ValueError, "pass losses=LDCMTL"),
     "imtl_l by name, composed": ({"gradients": "imtl_l+imtl_g"}, ValueError, "pass losses=IMTLL"),
     "a class": ({"gradients": igb.NashMTL}, TypeError, "gradients must be a method or its name, found"),
     "a number": ({"gradients": 3}, TypeError, "gradients must be a method or its name, found int"),

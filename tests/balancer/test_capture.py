@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import igb_kernels as igb
-from igb_kernels import Status, balancer, store
+from igb_kernels import Status, balancer, losses, store
 from igb_kernels.status import UsableSteps
 
 from .models import TASKS, Net, make_net, same
@@ -40,6 +40,36 @@ def state_addresses(balanced: igb.Balancer) -> list[int]:
 
     visit(balanced.state_dict())
     return found
+
+
+RULES = {
+    "rlw": lambda: losses.RLW(0),
+    "dwa": losses.DWA,
+    "dwa window": lambda: losses.DWA(window=2),
+    "gls": losses.GLS,
+    "stch": lambda: losses.STCH(nadir_epoch=0),
+    "famo": losses.FAMO,
+    "uw": lambda: losses.UW(TASKS),
+    "ldc_mtl": lambda: losses.LDCMTL(TASKS),
+}
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_captured_steps_of_rules_are_ordinary_ones(capture, rule):
+    """With losses told after each, ends of epochs and a non-finite step among them."""
+    net = make_net()
+    found = []
+    for captures in (False, True):
+        balanced = igb.Balancer("imtl_g", RULES[rule](), shared=net.shared)
+        steps = []
+        for seed in range(9):
+            capture(captures and 1 <= seed < 7)
+            steps.append(step(balanced, net, seed, spoil=seed == 4))
+            balanced.after_step(torch.stack(net.losses(seed + 1)))
+            if seed % 2:
+                balanced.end_epoch()
+        found.append([steps, balanced.state_dict()])
+    assert same(*found)
 
 
 @pytest.mark.parametrize("warm_up", [1, 2])

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import igb_kernels as igb
+from igb_kernels import losses
 
 from .models import TASKS, Net, Snapshot, make_net, same
 from .oracle import BASES, CASES
@@ -35,6 +36,7 @@ class Run:
             trace += [[r.weights, r.scales, r.status, r.measured] for r in results if r.measured is not None]
             trace.append([p.grad.clone() for p in params])
             self.optimizer.step()
+            self.balancer.after_step(self.net.losses(2 * step + 1))
             trace.append([p.detach().clone() for p in params])
             if step % 3 == 2:
                 self.balancer.end_epoch()
@@ -58,9 +60,42 @@ STATES = {
     "igb_v1 mid-epoch": lambda: {"gradients": "emtl", "losses": igb.IGBv1(1)},
     "igb_v1 mid-steps": lambda: {"gradients": "equal", "losses": igb.IGBv1(steps=9)},
     "imtl_l+db_mtl": lambda: {"gradients": igb.DBMTL(0.9, 0.3), "losses": igb.IMTLL(TASKS)},
+    "moco": lambda: {"gradients": "moco"},
+    "modo": lambda: {"gradients": igb.MoDo(gamma=0.01)},
+    "sdm_grad": lambda: {"gradients": igb.SDMGrad(lr=0.1)},
+    "excess_mtl": lambda: {"gradients": igb.ExcessMTL(0.5)},
+    "grad_drop": lambda: {"gradients": igb.GradDrop(seed=3)},
+    "grad_norm": lambda: {"gradients": igb.GradNorm(TASKS)},
+    "uw": lambda: {"gradients": "imtl_g", "losses": losses.UW(TASKS)},
+    "rlw": lambda: {"gradients": "equal", "losses": losses.RLW(3)},
+    "dwa": lambda: {"gradients": "emtl", "losses": losses.DWA()},
+    "dwa window": lambda: {"gradients": "imtl_g", "losses": losses.DWA(window=2)},
+    "gls+db_mtl": lambda: {"gradients": "gls+db_mtl"},
+    "stch": lambda: {"gradients": "equal", "losses": losses.STCH(nadir_epoch=1)},
+    "famo": lambda: {"gradients": losses.FAMO()},
+    "ldc_mtl": lambda: {"gradients": "imtl_g", "losses": losses.LDCMTL(TASKS)},
     "nash every 7": lambda: {"gradients": igb.NashMTL(update_every=7)},
 }
-WITH_STATE = ["db_mtl sigma", "db_mtl bias correction", "nash_mtl every 3", "igb_v1 mid-epoch", "imtl_l+db_mtl"]
+WITH_STATE = [
+    "db_mtl sigma",
+    "db_mtl bias correction",
+    "nash_mtl every 3",
+    "pcgrad",
+    "gradvac",
+    "grad_norm",
+    "moco",
+    "modo",
+    "sdm_grad",
+    "excess_mtl",
+    "grad_drop",
+    "igb_v1 mid-epoch",
+    "imtl_l+db_mtl",
+    "rlw",
+    "dwa window",
+    "stch",
+    "famo",
+    "ldc_mtl",
+]
 
 
 @pytest.mark.parametrize("name", STATES)

@@ -86,6 +86,7 @@ inline Vector default_options(igb::Method method) {
     case igb::Method::emtl: return {0.5, 0.0};
     case igb::Method::imtl_g: return {0.0};
     case igb::Method::nash_mtl: return {0.0, 0.0};
+    case igb::Method::fairgrad: return {5.0, 0.0};
     default: return Vector(igb::option_count(method), 0.5);  // not more than a solve that must end and be finite
   }
 }
@@ -106,8 +107,9 @@ inline Input make_input(igb::Method method, int tasks, const Vector& gram) {
 template <class Team>
 std::int32_t run_into(igb::Method method, const Input& input, Result& result, Vector& workspace, const Team& team) {
   const bool full = input.gram.size() != static_cast<std::size_t>(input.tasks);
-  const igb::Problem problem{input.tasks,           input.gram.data(),    full || input.tasks == 1, input.losses.data(),
-                             input.per_task.data(), input.options.data(), result.state.data()};
+  const double* per_task = input.per_task.empty() ? nullptr : input.per_task.data();
+  const igb::Problem problem{input.tasks, input.gram.data(),    full || input.tasks == 1, input.losses.data(),
+                             per_task,    input.options.data(), result.state.data()};
   return igb::solve(method, problem, result.weights.data(), workspace.data(), team);
 }
 

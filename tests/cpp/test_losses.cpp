@@ -43,6 +43,21 @@ TEST(loss_scales_closed_forms) {
   CHECK_NEAR(imtl_l.values[2] / std::exp(-20.0), 1.0, 1e-15);
 }
 
+TEST(geometric_means_neither_under_nor_overflow) {
+  for (const double loss : {1e-19, 1e-2, 1e2, 1e300}) {
+    const Scales scales = scales_of(igb::LossRule::gls, Vector(40, loss));
+    CHECK(scales.status == 0);
+    for (const double value : scales.values) CHECK_NEAR(value, 1.0 / 40, 1e-12);
+  }
+  CHECK(scales_of(igb::LossRule::gls, {1.0, 0.0, 3.0}).values == Vector(3, 0.0));
+  CHECK(scales_of(igb::LossRule::gls, {1.0, 0.0, 3.0}).status == igb::non_positive_loss);
+}
+
+TEST(unknown_means_have_no_weights) {
+  CHECK(scales_of(igb::LossRule::dwa, {1.0, 2.0}, {1.0, NAN, 1.0, 1.0}, 2.0).values == Vector(2, 1.0));
+  CHECK(scales_of(igb::LossRule::dwa, {1.0, 2.0}, {1.0, 0.0, 1.0, 5.0}, 2.0).values == Vector(2, 1.0));  // from 0: as 1
+}
+
 TEST(log_scales_are_scale_free) {
   const Scales plain = scales_of(igb::LossRule::log, {0.3, 7.0}), scaled = scales_of(igb::LossRule::log, {0.3e6, 7.0e-6});
   CHECK_NEAR(scaled.values[0] * 1e6 / plain.values[0], 1.0, 1e-15);
@@ -86,8 +101,9 @@ TEST(finished_tasks_are_clamped_silently) {
 }
 
 TEST(negative_losses_under_a_logarithm_are_reported) {
-  for (const igb::LossRule rule : {igb::LossRule::log, igb::LossRule::igb_v1}) {
-    const Scales scales = scales_of(rule, {1.0, -1e-3}, {1.0, 1.0}, 1e-8);
+  for (const igb::LossRule rule :
+       {igb::LossRule::log, igb::LossRule::igb_v1, igb::LossRule::gls, igb::LossRule::stch, igb::LossRule::famo}) {
+    const Scales scales = scales_of(rule, {1.0, -1e-3}, Vector(4, 1.0), 1e-8);
     CHECK(scales.status == igb::non_positive_loss);
     CHECK(all_nan(scales.values));
   }

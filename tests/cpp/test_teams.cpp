@@ -100,9 +100,25 @@ TEST(solves_have_the_same_bits_in_every_team) {
     compare_solves(igb::Method::nash_mtl, clipped, "clipped");
     clipped.options = {1.0, 1.0};
     compare_solves(igb::Method::nash_mtl, clipped, "held");
+    Input fair = make_input(igb::Method::fairgrad, tasks, gram);
+    fair.options = {0.5, 1.0};
+    compare_solves(igb::Method::fairgrad, fair, "alpha 0.5");
+    fair.gram = rescaled(gram, random_scales(tasks, 3.0, engine));
+    fair.options = {20.0, 0.0};
+    compare_solves(igb::Method::fairgrad, fair, "alpha 20, scaled");
     Input cut = make_input(igb::Method::emtl, tasks, gram);
     cut.options = {4.0, 2.0};
     compare_solves(igb::Method::emtl, cut, "cut");
+    for (const igb::Method method : {igb::Method::pcgrad, igb::Method::gradvac}) {
+      Input drawn = make_input(method, tasks, opposed);
+      drawn.per_task.clear();  // no times: orders are drawn
+      compare_solves(method, drawn, "drawn orders");
+    }
+    Input learned = make_input(igb::Method::grad_norm, tasks, gram);
+    learned.options = {1.5, 0.0, 0.0};
+    compare_solves(igb::Method::grad_norm, learned, "softmax");
+    learned.state[igb::GradNorm::known] = 0.0;
+    compare_solves(igb::Method::grad_norm, learned, "first step");
   }
 }
 

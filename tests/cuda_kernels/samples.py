@@ -73,15 +73,36 @@ class Kernels:
         self.native.sq_norms(table, out.data_ptr(), scratch.data_ptr(), 0)
         return out
 
-    def ema(self, out: Sequence[Row], state: Sequence[Row], grads: Sequence[Row], decay: float) -> Tensor:
+    def ema(
+        self,
+        out: Sequence[Row],
+        state: Sequence[Row],
+        grads: Sequence[Row],
+        decay: float,
+        scales: Tensor | None = None,
+    ) -> Tensor:
         tables = [self.table(rows, like=out) for rows in (out, state, grads)]
         norms, scratch = self._doubles(len(grads)), self._doubles(self.native.norm_scratch(tables[2]))
         number = torch.tensor([decay], dtype=torch.float64)
-        self.native.ema(*tables, number.data_ptr(), norms.data_ptr(), scratch.data_ptr(), 0)
+        factors = 0 if scales is None else scales.data_ptr()
+        self.native.ema(*tables, number.data_ptr(), factors, norms.data_ptr(), scratch.data_ptr(), 0)
         return norms
+
+    def accumulate_squares(self, out: Sequence[Row], state: Sequence[Row], grads: Sequence[Row], eps: float) -> Tensor:
+        tables = [self.table(rows, like=out) for rows in (out, state, grads)]
+        excess, scratch = self._doubles(len(grads)), self._doubles(self.native.norm_scratch(tables[2]))
+        self.native.accumulate_squares(*tables, eps, excess.data_ptr(), scratch.data_ptr(), 0)
+        return excess
 
     def combine(self, out: Row, rows: Sequence[Row], weights: Tensor, accumulate: bool) -> None:
         self.native.combine(self.table([out]), self.table(rows), weights.data_ptr(), accumulate, 0)
+
+    def sign_drop(self, out: Row, rows: Sequence[Row], counter: Tensor, leak: Tensor | None) -> Tensor:
+        tables = [self.table([out]), self.table(rows, like=[out])]
+        norm, scratch = self._doubles(1), self._doubles(self.native.norm_scratch(tables[1]))
+        leaks = 0 if leak is None else leak.data_ptr()
+        self.native.sign_drop(*tables, counter.data_ptr(), leaks, norm.data_ptr(), scratch.data_ptr(), 0)
+        return norm
 
     def rollback(self, out: Sequence[Row], kept: Sequence[Row], status: int) -> None:
         flag = torch.tensor(status, dtype=torch.int32)

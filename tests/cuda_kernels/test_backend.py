@@ -10,6 +10,7 @@ import torch
 from balancer.models import TASKS, grads_of, make_net
 from balancer.oracle import CASES
 from balancer.test_step import play
+from oracle import assert_one_sign
 from samplers import LAYOUTS, gradients, per_task_of
 
 import igb_kernels as igb
@@ -97,16 +98,44 @@ def test_combine(dtype, accumulate, tasks):
 
 
 @pytest.mark.parametrize("decay", [0.0, 0.9, torch.tensor([0.9], dtype=torch.float64)])
+@pytest.mark.parametrize("scales", [None, torch.tensor([-1.0, 0.5, 2.0])])
 @pytest.mark.parametrize("dtype", ops.DTYPES)
-def test_ema(dtype, decay):
+def test_ema(dtype, scales, decay):
     wide = ops.accumulator_dtype(dtype)
     rows = gradients(3, SHAPES, dtype, missing=some_missing)
     state = gradients(3, SHAPES, wide, seed=1, missing=lambda k, p: k == p)
     found, want = (gradients(3, SHAPES, wide, seed=2) for _ in range(2))
-    norms = [ops.ema_(out, state, rows, decay, backend=b) for out, b in ((found, "cuda"), (want, "reference"))]
+    norms = [ops.ema_(o, state, rows, decay, scales, backend=b) for o, b in ((found, "cuda"), (want, "reference"))]
     torch.testing.assert_close(norms[0], norms[1], rtol=TOLERANCE[dtype], atol=0)
     for a, b in zip(found, want, strict=True):
         torch.testing.assert_close(flat(a), flat(b), rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "mixed"])
+@pytest.mark.parametrize("dtype", ops.DTYPES)
+def test_accumulate_squares(dtype, layout):
+    wide = ops.accumulator_dtype(dtype)
+    rows = gradients(3, SHAPES, dtype, missing=some_missing, layout=layout)
+    state = [[t.abs() for t in row] for row in gradients(3, SHAPES, wide, seed=1)]
+    found, want = (gradients(3, SHAPES, wide, seed=2) for _ in range(2))
+    excess = [
+        ops.accumulate_squares_(out, state, rows, 1e-3, backend=b) for out, b in ((found, "cuda"), (want, "reference"))
+    ]
+    torch.testing.assert_close(excess[0], excess[1], rtol=TOLERANCE[dtype], atol=0)
+    for a, b in zip(found, want, strict=True):
+        torch.testing.assert_close(flat(a), flat(b), rtol=TOLERANCE[dtype], atol=0)
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "offset", "transposed", "mixed", "gaps"])
+@pytest.mark.parametrize("dtype", ops.DTYPES)
+def test_sign_drop(dtype, layout):
+    rows = gradients(5, SHAPES, dtype, missing=some_missing, layout=layout)
+    counter, leak = torch.tensor([11.0, 2.0], dtype=torch.float64), torch.tensor([0.0, 1.0, 0.5, 0.0, 0.25])
+    for leaks in (None, leak):
+        out = [t.fill_(torch.nan) for t in gradients(1, SHAPES, dtype, layout=layout)[0]]
+        norm = ops.sign_drop_(out, rows, counter, leaks, backend="cuda")
+        assert_one_sign(out, rows, counter, leaks, [dtype] * len(SHAPES))
+        torch.testing.assert_close(norm, flat(out).square().sum().reshape(1), rtol=TOLERANCE[dtype], atol=0)
 
 
 def test_ema_into_other_layouts():

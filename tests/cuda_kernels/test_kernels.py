@@ -99,6 +99,31 @@ def test_ema(emulated, kernels, guarded, dtype, tasks):
     in_place = kernels.ema(state[-1:], state[-1:], rows[-1:], decay)
     torch.testing.assert_close(in_place, norms[-1:], rtol=1e-6, atol=0)
     assert torch.equal(flat(state[-1], out[0]), new[-1])
+    scales = torch.linspace(-1, 2, tasks, dtype=torch.float64)
+    norms = kernels.ema(out, [[None] * len(SIZES)] * tasks, rows, decay, scales)
+    new = torch.stack([flat(row, row) for row in out])
+    torch.testing.assert_close(new, (1 - decay) * scales[:, None] * values, rtol=0, atol=8 * epsilon(wide))
+    torch.testing.assert_close(norms, new.square().sum(dim=1), rtol=100 * epsilon(wide), atol=0)
+
+
+@pytest.mark.parametrize("tasks", [1, 3])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_accumulate_squares(emulated, kernels, guarded, dtype, tasks):
+    rows, values = sample(guarded, dtype, tasks)
+    wide, eps = accumulator(dtype), 1e-2
+    state = [[None if t is None else t.square_() for t in guarded.row(wide)] for _ in range(tasks)]
+    if tasks > 1:
+        state[0][5] = None
+    out = [[guarded.unused(wide, size, offset) for size, offset in SIZES] for _ in range(tasks)]
+    exact = torch.stack([flat(row, out[0]) for row in state]) + values.square()
+    excess = in_every_order(emulated, lambda: kernels.accumulate_squares(out, state, rows, eps))
+    new = torch.stack([flat(row, row) for row in out])
+    torch.testing.assert_close(new, exact, rtol=4 * epsilon(wide), atol=0)
+    want = (values.square() / (exact + eps).sqrt()).sum(dim=1)
+    torch.testing.assert_close(excess, want, rtol=100 * epsilon(wide), atol=0)
+    in_place = kernels.accumulate_squares(state[-1:], state[-1:], rows[-1:], eps)
+    torch.testing.assert_close(in_place, excess[-1:], rtol=1e-6, atol=0)
+    assert torch.equal(flat(state[-1], out[0]), new[-1])
 
 
 def test_missing_averages_are_skipped(kernels, guarded):
@@ -128,6 +153,37 @@ def test_combine(emulated, kernels, guarded, dtype, out_dtype, tasks, accumulate
 
     tolerance = (8 * epsilon(torch.float32) if dtype is not torch.float64 else 1e-14) + epsilon(out_dtype)
     torch.testing.assert_close(in_every_order(emulated, combined), expected, rtol=tolerance, atol=4 * tolerance)
+
+
+@pytest.mark.parametrize("leak", [None, torch.linspace(0, 1, 9, dtype=torch.float64)], ids=["", "leaks"])
+@pytest.mark.parametrize("tasks", [1, 3, 9])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_sign_drop(emulated, kernels, guarded, dtype, tasks, leak):
+    """In any order of threads, and over a row, with the decisions of the CPU's kernels."""
+    rows, _ = sample(guarded, dtype, tasks)
+    counter = torch.tensor([2.0**40 + 5, 2.0**33 + 3], dtype=torch.float64)
+    leaks = None if leak is None else leak[:tasks].contiguous()
+    out, want = ([guarded.unused(dtype, size, offset) for size, offset in SIZES] for _ in range(2))
+    norm = in_every_order(emulated, lambda: kernels.sign_drop(out, rows, counter, leaks))
+    want_norm = ops.sign_drop_(want, rows, counter, leaks, backend="cpu")
+    found, expected = flat(out, out), flat(want, want)
+    if leaks is None:
+        assert torch.equal(found, expected)
+    torch.testing.assert_close(found, expected, rtol=2 * epsilon(dtype), atol=20 * epsilon(accumulator(dtype)))
+    torch.testing.assert_close(norm, found.square().sum().reshape(1), rtol=100 * epsilon(accumulator(dtype)), atol=0)
+    torch.testing.assert_close(norm, want_norm, rtol=1e-3, atol=0)
+    if all(t is not None for t in rows[0]):
+        kernels.sign_drop(rows[0], rows, counter, leaks)
+        assert torch.equal(flat(rows[0], rows[0]), found)
+
+
+@pytest.mark.parametrize("entry", [torch.nan, torch.inf, -torch.inf])
+def test_sign_drop_of_non_finite_elements(kernels, guarded, entry):
+    rows, out = [guarded.row(torch.float32) for _ in range(3)], guarded.row(torch.float32)
+    rows[1][0][8999], rows[2][3][7] = entry, entry
+    norm = kernels.sign_drop(out, rows, torch.zeros(2, dtype=torch.float64), None)
+    assert [t.isnan().nonzero().flatten().tolist() for t in out] == [[8999], [], [], [7], [], []]
+    assert not norm.isfinite()
 
 
 @pytest.mark.parametrize("row", [0, 2])

@@ -27,7 +27,12 @@ def stream(dtype: torch.dtype, tasks: int, offset: int) -> None:
     weights = torch.randn(tasks, device="cuda")
     ops.gram(grads, backend=BACKEND)
     ops.sq_norms(grads, backend=BACKEND)
-    ops.ema_(out, state, grads, 0.9, backend=BACKEND)
+    for scales in (None, weights):
+        ops.ema_(out, state, grads, 0.9, scales, backend=BACKEND)
+    ops.accumulate_squares_(out, state, grads, 1e-7, backend=BACKEND)
+    counter = torch.ones(2, dtype=torch.float64, device="cuda")
+    for leak in (None, weights):
+        ops.sign_drop_(row(dtype, offset), grads, counter, leak, backend=BACKEND)
     for accumulate in (False, True):
         ops.combine_(row(dtype, offset), grads, weights, accumulate=accumulate, backend=BACKEND)
     for status in (0, 1):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from oracle import assert_no_worse, assert_sum, expected_gram
+from oracle import assert_no_worse, assert_one_sign, assert_squares, assert_sum, expected_gram
 from samplers import WELL_POSED, gradients, gramian, jacobian, per_task_of
 from tolerances import SOLVER, TOLERANCES
 from torch import Tensor
@@ -133,6 +133,33 @@ def test_the_sum_may_be_written_over_a_row(gpu_backend, row):
         assert_sum(found.cpu(), [(w, r[p]) for w, r in zip((0.5, 2.0, -1.0), rows, strict=True)], torch.float32, p)
 
 
+@pytest.mark.parametrize("leaks", [False, True])
+@pytest.mark.parametrize("tasks", [1, 3, 9, 64])
+@pytest.mark.parametrize(("dtype", "out_dtype"), COMBINED)
+def test_sign_drop(gpu_backend, dtype, out_dtype, tasks, leaks):
+    sizes = sizes_for(tasks)
+    rows = gradients(tasks, sizes, dtype, missing=some_missing)
+    out = poisoned([t.cuda() for t in gradients(1, sizes, out_dtype)[0]])
+    counter = torch.tensor([2.0**40 + 5, 2.0**33 + 3], dtype=torch.float64)
+    leak = torch.linspace(0, 1, tasks) if leaks else None
+    on_device = None if leak is None else leak.cuda()
+    norm = ops.sign_drop_(out, on_gpu(rows), counter.cuda(), on_device, backend=gpu_backend)
+    found = [t.cpu() for t in out]
+    assert_one_sign(found, rows, counter, leak, [dtype] * len(sizes))
+    want = sum(t.double().square().sum() for t in found).reshape(1)
+    torch.testing.assert_close(norm.cpu(), want, rtol=1e-5, atol=0)
+
+
+@pytest.mark.skipif(_native.module is None, reason="compares with the compiled CPU kernels")
+@pytest.mark.parametrize("dtype", ops.DTYPES)
+def test_sign_drop_has_the_bits_of_the_cpu(gpu_backend, dtype):
+    rows, counter = gradients(5, SIZES, dtype), torch.tensor([3.0, 4.0], dtype=torch.float64)
+    found, want = poisoned([t.cuda() for t in rows[0]]), poisoned(rows[0])
+    ops.sign_drop_(found, on_gpu(rows), counter.cuda(), backend=gpu_backend)
+    ops.sign_drop_(want, rows, counter, backend="cpu")
+    assert all(torch.equal(a.cpu(), b) for a, b in zip(found, want, strict=True))
+
+
 @pytest.mark.parametrize("tasks", [1, 3, 9])
 @pytest.mark.parametrize("on_device", [False, True])
 @pytest.mark.parametrize("dtype", ops.DTYPES)
@@ -147,6 +174,29 @@ def test_ema(gpu_backend, dtype, on_device, tasks):
         for p, found in enumerate(out[k]):
             assert_sum(found.cpu(), [(decay, state[k][p]), (1 - decay, rows[k][p])], wide, (k, p))
     expected_gram([[t.cpu() for t in row] for row in out]).check(norms.cpu())
+
+
+def test_ema_with_scales(gpu_backend):
+    rows, scales = gradients(3, SIZES, torch.float32), [0.5, -1.0, 3.0]
+    out = [poisoned([t.cuda() for t in row]) for row in rows]
+    given = torch.tensor(scales, dtype=torch.float64, device="cuda")
+    norms = ops.ema_(out, [[None] * len(SIZES)] * 3, on_gpu(rows), 0.75, given, backend=gpu_backend)
+    for k in range(3):
+        for p, found in enumerate(out[k]):
+            assert_sum(found.cpu(), [(0.25 * scales[k], rows[k][p])], torch.float32, (k, p))
+    expected_gram([[t.cpu() for t in row] for row in out]).check(norms.cpu())
+
+
+@pytest.mark.parametrize("tasks", [1, 3, 9])
+@pytest.mark.parametrize("dtype", ops.DTYPES)
+def test_accumulate_squares(gpu_backend, dtype, tasks):
+    wide = ops.accumulator_dtype(dtype)
+    rows = gradients(tasks, SIZES, dtype, missing=some_missing)
+    state = gradients(tasks, SIZES, wide, seed=1, missing=lambda k, p: k == p)
+    state = [[None if t is None else t.square() for t in row] for row in state]
+    out = [poisoned([t.cuda() for t in row]) for row in gradients(tasks, SIZES, wide)]
+    excess = ops.accumulate_squares_(out, on_gpu(state), on_gpu(rows), 1e-7, backend=gpu_backend)
+    assert_squares([[t.cpu() for t in row] for row in out], excess.cpu(), state, rows, 1e-7)
 
 
 @pytest.mark.parametrize("status", [0, int(Status.ZERO_GRADIENT), int(Status.NON_FINITE | Status.ZERO_GRADIENT)])

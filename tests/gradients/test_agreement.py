@@ -37,7 +37,8 @@ def test_backends_agree(variant, family, tasks):
     assert cpu_status == reference_status
     assert update_distance(rows, cpu, reference) <= tolerance(variant, family)
     if states[0] is not None and variant.method != "nash_mtl":  # its alpha is as its weights
-        torch.testing.assert_close(*states, rtol=1e-12, atol=0)
+        cosines = variant.method == "gradvac"
+        torch.testing.assert_close(*states, rtol=1e-12, atol=tolerance(variant, family) if cosines else 0)
 
 
 @pytest.mark.parametrize("tasks", [128, 300])

@@ -9,10 +9,10 @@ from math import prod
 import pytest
 import torch
 
-from igb_kernels import IMTLL, Status, _native, ops
+from igb_kernels import Status, _native, ops
 from igb_kernels.backends import reference
 from igb_kernels.gradients import METHODS
-from igb_kernels.losses import RULES
+from igb_kernels.losses import RULES, LearnedLossBalancer
 
 _C = _native.module
 CORE = pathlib.Path(__file__).resolve().parents[2] / "csrc" / "core"
@@ -32,7 +32,11 @@ def declared_options(path):
 
 
 def make_rule(name):
-    return IMTLL(num_tasks=3) if name == "imtl_l" else RULES[name]()
+    return RULES[name](num_tasks=3) if issubclass(RULES[name], LearnedLossBalancer) else RULES[name]()
+
+
+def make_method(name):
+    return METHODS[name](num_tasks=3) if name == "grad_norm" else METHODS[name]()
 
 
 def test_every_method_is_registered_everywhere():
@@ -47,14 +51,14 @@ def test_every_rule_is_registered_everywhere():
 @pytest.mark.parametrize("method", METHODS)
 def test_options_of_methods(method):
     registered = list(ops.SOLVERS[method].options)
-    assert registered == list(METHODS[method]().options())
+    assert registered == list(make_method(method).options())
     assert len(registered) == _C.option_count(_C.methods[method])
     assert [IN_CPP.get(name, name) for name in registered] == declared_options(f"solvers/{method}.h")
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_defaults_of_methods(method):
-    assert ops.SOLVERS[method].options == METHODS[method]().options()
+    assert ops.SOLVERS[method].options == make_method(method).options()
 
 
 @pytest.mark.parametrize("rule", RULES)

@@ -4,31 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from golden import linear_losses
+from training import Training
 
-from igb_kernels import Balancer, IGBv1, Log, Status
+from igb_kernels import IGBv1, Log, Status
 
 LOSSES = torch.tensor([[1.0, 8.0], [3.0, 4.0], [2.0, 6.0], [0.5, 2.0]], dtype=torch.float64)
 """Of four steps."""
-
-
-class Training:
-    """A Balancer over two linear losses whose values each step are given."""
-
-    def __init__(self, rule, backend, gradients="imtl_g"):
-        self.rule = rule
-        self.parameters = torch.zeros(3, dtype=torch.float64, requires_grad=True)
-        methods = (rule,) if gradients is None else (gradients, rule)
-        self.balancer = Balancer(*methods, shared=[self.parameters], backend=backend)
-
-    def step(self, losses, rows=((1.0, 0.0, 2.0), (0.0, 3.0, 1.0))):
-        rows, losses = (torch.as_tensor(v, dtype=torch.float64) for v in (rows, losses))
-        return self.balancer.backward(linear_losses(self.parameters, rows, losses))
-
-    def epoch(self, steps):
-        results = [self.step(losses) for losses in steps]
-        self.balancer.end_epoch()
-        return results
 
 
 def assert_scales(result, losses, base):

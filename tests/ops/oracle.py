@@ -13,6 +13,9 @@ from samplers import Grads
 from tolerances import TOLERANCES
 from torch import Tensor
 
+from igb_kernels.backends._layout import in_memory_order
+from igb_kernels.backends._random import uniforms
+from igb_kernels.backends.reference import positive_share, sign_drop
 from igb_kernels.ops import accumulator_dtype
 
 
@@ -91,6 +94,67 @@ def _error(values: Tensor, truth: Tensor, scale: Tensor) -> float:
     assert not difference.isnan().any(), "NaN in the result: an element was not written, or wrongly read"
     relative = torch.where(difference == 0, 0.0, difference / scale)
     return float(relative.max()) if relative.numel() else 0.0
+
+
+def assert_squares(
+    out: Sequence[Grads], excess: Tensor, state: Sequence[Grads], grads: Sequence[Grads], eps: float
+) -> None:
+    """`out` is state + grads², and `excess` Σ grads² / √(out + eps) of each row; `state` as it was before."""
+    truths, baselines = [], []
+    for k, (out_row, state_row, row) in enumerate(zip(out, state, grads, strict=True)):
+        truth, baseline = torch.zeros((), dtype=torch.float64), torch.zeros((), dtype=torch.float64)
+        for p, (o, s, g) in enumerate(zip(out_row, state_row, row, strict=True)):
+            assert o is not None
+            (exact, exact_squares), (eager, eager_squares) = (
+                _squares(s, g, o.shape, d) for d in (torch.float64, o.dtype)
+            )
+            element = TOLERANCES[o.dtype].element
+            assert_no_worse(o, eager, exact, exact.abs(), element, f"row {k}, column {p}", excuse=element)
+            truth += (exact_squares / (exact + eps).sqrt()).sum()
+            baseline += (eager_squares / (eager + eps).sqrt()).sum().double()
+        truths.append(truth)
+        baselines.append(baseline)
+    inner = max(TOLERANCES[o.dtype].inner for row in out for o in row if o is not None)
+    assert excess.dtype is torch.float64
+    exact_excess = torch.stack(truths)
+    assert_no_worse(excess, torch.stack(baselines), exact_excess, exact_excess, 2 * inner, "sums", excuse=inner)
+
+
+def _squares(state: Tensor | None, grad: Tensor | None, shape: torch.Size, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """state + grad² and grad²."""
+    squares = torch.zeros(shape, dtype=dtype) if grad is None else grad.to(dtype).square()
+    return (squares if state is None else state.to(dtype) + squares), squares
+
+
+def assert_one_sign(
+    out: Grads,
+    rows: Sequence[Grads],
+    counter: Tensor,
+    leak: Tensor | None,
+    dtypes: Sequence[torch.dtype],
+    slack: float = 0.0,
+) -> None:
+    """`out` is `rows` where one sign was dropped, for columns of these dtypes; decided as in float64 but at ties.
+
+    A float64 sum of the rows in both ways it can be decided, and which one is right unless U is within 1e-6 of P.
+    `slack` is for stores that do not round.
+    """
+    seed, step = map(int, counter.tolist())
+    leaks = torch.zeros(len(rows), dtype=torch.float64) if leak is None else leak.double()
+    for p, (o, dtype) in enumerate(zip(out, dtypes, strict=True)):
+        assert o is not None
+        values = [torch.zeros(o.shape) if row[p] is None else row[p] for row in rows]
+        exact = torch.stack([v.double() for v in values])
+        streams = (p << 40) + torch.arange(o.numel())
+        drawn = in_memory_order(uniforms(seed, step, streams)[: o.numel()], o)
+        clear = (drawn - positive_share(exact)).abs() >= 1e-6
+        assert clear.double().mean() > 0.99 or o.numel() < 1000
+        truth, size = sign_drop(exact, drawn, leaks), exact.abs().sum(dim=0)
+        error = (o.double() - truth).abs()[clear]
+        wide = TOLERANCES[dtype].element * len(rows) * size[clear]
+        rounding = max(torch.finfo(o.dtype).eps / 2, slack) if o.dtype is not accumulator_dtype(o.dtype) else 0.0
+        tiny = torch.finfo(o.dtype).tiny * torch.finfo(o.dtype).eps
+        assert bool((error <= wide + rounding * truth.abs()[clear] + tiny).all()), f"column {p}"
 
 
 def assert_sum(

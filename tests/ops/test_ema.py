@@ -23,13 +23,14 @@ def empty_like(rows, dtypes, layout="contiguous"):
     return out
 
 
-def check(out, state, grads, decay, dtypes, backend="cpu"):
+def check(out, state, grads, decay, dtypes, backend="cpu", scales=None):
     """Runs ema_ on copies of the expected values' sources, because `out` may be `state`."""
     old = [[None if t is None else t.clone() for t in row] for row in state]
-    norms = ops.ema_(out, state, grads, decay, backend=backend)
-    for out_row, old_row, row in zip(out, old, grads, strict=True):
+    norms = ops.ema_(out, state, grads, decay, scales, backend=backend)
+    factors = [1.0] * len(out) if scales is None else scales.tolist()
+    for out_row, old_row, row, factor in zip(out, old, grads, factors, strict=True):
         for p, (o, s, g) in enumerate(zip(out_row, old_row, row, strict=True)):
-            assert_sum(o, [(decay, s), (1 - decay, g)], dtypes[p], f"column {p}")
+            assert_sum(o, [(decay, s), ((1 - decay) * factor, g)], dtypes[p], f"column {p}")
     expected_gram(out).check(norms, "norms")
 
 
@@ -52,6 +53,26 @@ def test_every_decay_with_and_without_state_and_gradient(instruction_set, backen
     grads = gradients(3, sizes, dtype, missing=lambda k, p: p in (2, 4) or (k + p) % 3 == 0)
     state = gradients(3, sizes, accumulator_dtype(dtype), seed=1, missing=lambda k, p: p in (3, 4) or (k + p) % 4 == 0)
     check(empty_like(full, dtypes), state, grads, decay, dtypes, backend)
+
+
+@pytest.mark.parametrize("dtype", ops.DTYPES)
+def test_scales(instruction_set, backend, dtype):
+    """Of either sign, zero, and NaN for a task that reaches nothing."""
+    sizes, dtypes, scales = [17, 4097, 66], [dtype] * 3, torch.tensor([0.3, -7.0, 0.0, torch.nan])
+    full = gradients(4, sizes, dtype)
+    grads = gradients(4, sizes, dtype, missing=lambda k, p: k == 3 or (k, p) == (1, 2))
+    state = gradients(4, sizes, accumulator_dtype(dtype), seed=1, missing=lambda k, p: p == 1)
+    check(empty_like(full, dtypes), state, grads, 0.9, dtypes, backend, scales)
+
+
+def test_scales_of_one_change_no_bit(instruction_set, backend):
+    grads, state = (gradients(3, [4097, 5], torch.float32, seed=seed) for seed in range(2))
+    outs = [empty_like(grads, [torch.float32] * 2) for _ in range(2)]
+    norms = [
+        ops.ema_(o, state, grads, 0.3, s, backend=backend) for o, s in zip(outs, (None, torch.ones(3)), strict=True)
+    ]
+    assert torch.equal(*norms)
+    assert all(torch.equal(a, b) for rows in zip(*outs, strict=True) for a, b in zip(*rows, strict=True))
 
 
 @pytest.mark.parametrize("dtype", ops.DTYPES)

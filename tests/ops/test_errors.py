@@ -13,15 +13,24 @@ F64, BF16, INT, LONGER = F32.double(), F32.bfloat16(), F32.int(), torch.full((4,
 SPARSE = F32.to_sparse()
 GRAM, LOSSES, STATE = torch.eye(2, dtype=torch.float64), torch.ones(2), torch.ones(2, dtype=torch.float64)
 ONE = torch.ones(1)
+COUNTER = torch.zeros(2, dtype=torch.float64)
 WRITTEN = (F32, F64, BF16, INT, LONGER, STATE)
 
 
-def ema(out=F32, state=None, grads=F32, decay=0.5):
-    return lambda: ops.ema_([[out]], [[state]], [[grads]], decay)
+def ema(out=F32, state=None, grads=F32, decay=0.5, scales=None):
+    return lambda: ops.ema_([[out]], [[state]], [[grads]], decay, scales)
+
+
+def squares(out=F32, state=None, grads=F32, eps=1e-7):
+    return lambda: ops.accumulate_squares_([[out]], [[state]], [[grads]], eps)
 
 
 def combine(out, rows, weights=None):
     return lambda: ops.combine_(out, rows, torch.ones(len(rows)) if weights is None else weights)
+
+
+def drop(out, rows, counter=COUNTER, leak=None):
+    return lambda: ops.sign_drop_(out, rows, counter, leak)
 
 
 def solve(*arguments, **named):
@@ -55,7 +64,15 @@ CALLS = {
     "dtype of state": (ema(state=F64), ValueError, "ema_ … state[0] … float32 … found … float64"),
     "shape of state": (ema(state=LONGER), ValueError, "ema_ … state[0] … (3,) … found (4,)"),
     "two decays": (ema(decay=torch.ones(2)), ValueError, "ema_ … decay … one number … found 2"),
+    "two scales": (ema(scales=torch.ones(2)), ValueError, "ema_ … scales … (1,) … found (2,)"),
+    "whole scales": (ema(scales=ONE.int()), TypeError, "ema_ … scales … floating … found torch.int32"),
     "None in out": (ema(out=None), (TypeError, ValueError, RuntimeError), "ema_ … out … None"),
+    # accumulate_squares_
+    "half sums": (squares(BF16, grads=BF16), ValueError, "accumulate_squares_ … out[0] … float32 … found … bfloat16"),
+    "float32 sums of float64": (squares(grads=F64), ValueError, "accumulate_squares_ … out[0] … float64 … found"),
+    "shape of the sums": (squares(state=LONGER), ValueError, "accumulate_squares_ … state[0] … (3,) … found (4,)"),
+    "no eps": (squares(eps=0.0), ValueError, "accumulate_squares_ … eps … at least 1.17 … found 0.0"),
+    "eps is not a number": (squares(eps=torch.nan), ValueError, "accumulate_squares_ … eps … at least … found nan"),
     # combine_
     "more outputs": (combine([F32, F32], [[F32]]), ValueError, "combine_ … out … 1 tensors … found 2"),
     "fewer weights": (combine([F32], [[F32], [F32]], ONE), ValueError, "combine_ … weights … (2,) … found (1,)"),
@@ -75,6 +92,13 @@ CALLS = {
         ValueError,
         "combine_ … grads[1][1] … (3,) … found (4,)",
     ),
+    # sign_drop_
+    "more outputs to drop": (drop([F32, F32], [[F32]]), ValueError, "sign_drop_ … out … 1 tensors … found 2"),
+    "float32 into float64, dropped": (drop([F64], [[F32]]), ValueError, "sign_drop_ … out[0] … float32 … float64"),
+    "three counters": (drop([F32], [[F32]], STATE[[0, 1, 1]]), ValueError, "sign_drop_ … counter … (2,) … found (3,)"),
+    "float32 counter": (drop([F32], [[F32]], LOSSES), ValueError, "sign_drop_ … counter … float64 … found … float32"),
+    "more leaks": (drop([F32], [[F32]], leak=LOSSES), ValueError, "sign_drop_ … leak … (1,) … found (2,)"),
+    "whole leaks": (drop([F32], [[F32]], leak=ONE.int()), TypeError, "sign_drop_ … leak … floating … torch.int32"),
     # solve
     "unknown method": (solve("unknown", GRAM), ValueError, "solve … method … nash_mtl … found 'unknown'"),
     "norms for a Gramian": (solve("nash_mtl", LOSSES), ValueError, "solve … gram … K×K Gramian … found (2,)"),

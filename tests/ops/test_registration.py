@@ -27,6 +27,7 @@ def some_missing(k, p):
 
 GRAM, LOSSES = gramian(jacobian("random", 3)), torch.tensor([0.5, 1.0, 2.0])
 STATE = torch.ones(3, dtype=torch.float64)
+COUNTER = torch.tensor([7.0, 3.0], dtype=torch.float64)
 DECAY = torch.tensor(0.9, dtype=torch.float64)
 
 CALLS = {
@@ -39,8 +40,22 @@ CALLS = {
     "ema_": (OPS.ema_, (rows(seed=1), rows(seed=2), rows(), DECAY, 3)),
     "ema_, missing entries": (OPS.ema_, (rows(seed=1), rows(seed=2, missing=some_missing), [None] * 9, DECAY, 3)),
     "ema_, half precision": (OPS.ema_, (rows(seed=1), [None] * 9, rows(torch.float16), DECAY, 3)),
+    "ema_, scales": (OPS.ema_, (rows(seed=1), rows(seed=2), rows(), DECAY, 3, LOSSES)),
+    "accumulate_squares_": (
+        OPS.accumulate_squares_,
+        (rows(seed=1), [t.square() for t in rows(seed=2)], rows(), 1e-7, 3),
+    ),
+    "accumulate_squares_, missing entries": (
+        OPS.accumulate_squares_,
+        (rows(seed=1), [None] * 9, rows(torch.bfloat16, missing=some_missing), 1e-7, 3),
+    ),
     "combine_": (OPS.combine_, (rows(seed=1)[:3], rows(), LOSSES)),
     "combine_, missing entries": (OPS.combine_, (rows(seed=1)[:3], rows(missing=some_missing), LOSSES, True)),
+    "sign_drop_": (OPS.sign_drop_, (rows(seed=1)[:3], rows(), COUNTER, 3)),
+    "sign_drop_, leaks and missing entries": (
+        OPS.sign_drop_,
+        (rows(seed=1)[:3], rows(torch.float16, missing=some_missing), COUNTER, 3, LOSSES),
+    ),
     "solve equal": (OPS.solve, ("equal", GRAM, None, None, [], None)),
     "solve emtl": (OPS.solve, ("emtl", GRAM.diagonal(), LOSSES, None, [0.5, 0.0], None)),
     "solve imtl_g": (OPS.solve, ("imtl_g", GRAM, None, None, [0.0], None)),
@@ -49,6 +64,13 @@ CALLS = {
     "loss_scales none": (OPS.loss_scales, ("none", LOSSES, None, [], None)),
     "loss_scales log": (OPS.loss_scales, ("log", LOSSES, None, [1e-8], None)),
     "loss_scales igb_v1": (OPS.loss_scales, ("igb_v1", LOSSES.double(), LOSSES, [], None)),
+    "loss_scales uw": (OPS.loss_scales, ("uw", LOSSES, LOSSES, [], STATE)),
+    "loss_scales rlw": (OPS.loss_scales, ("rlw", LOSSES, None, [0.0], STATE[:2])),
+    "loss_scales dwa": (OPS.loss_scales, ("dwa", LOSSES, GRAM[:2], [2.0], None)),
+    "loss_scales gls": (OPS.loss_scales, ("gls", LOSSES, None, [], None)),
+    "loss_scales stch": (OPS.loss_scales, ("stch", LOSSES, GRAM[:2], [1.0, 0.0], None)),
+    "loss_scales famo": (OPS.loss_scales, ("famo", LOSSES, None, [1e-3, 0.025], STATE.repeat(6)[:17])),
+    "loss_scales ldc_mtl": (OPS.loss_scales, ("ldc_mtl", LOSSES, GRAM[:2], [0.0, 0.0, 1.0, 0.05], STATE.repeat(2))),
     "loss_scales imtl_l": (OPS.loss_scales, ("imtl_l", LOSSES, LOSSES, [], STATE)),
     "rollback_": (OPS.rollback_, (rows()[:3], [None, *rows(seed=1)[1:3]], torch.ones((), dtype=torch.int32))),
 }

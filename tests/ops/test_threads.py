@@ -27,9 +27,14 @@ def results(sizes, dtype, tasks):
     wide = accumulator_dtype(dtype)
     (out,) = gradients(1, sizes, dtype, seed=1)
     average, state = gradients(tasks, sizes, wide, seed=2), gradients(tasks, sizes, wide, seed=3)
-    measured = [ops.gram(rows), ops.sq_norms(rows), ops.ema_(average, state, rows, 0.9)]
+    measured = [ops.gram(rows), ops.sq_norms(rows), ops.ema_(average, state, rows, 0.9, torch.linspace(-1, 2, tasks))]
+    sums = gradients(tasks, sizes, wide, seed=4)
+    measured.append(ops.accumulate_squares_(sums, state, rows, 100.0))
     ops.combine_(out, rows, torch.linspace(-1, 2, tasks), accumulate=True)
-    written = [torch.cat([t.flatten() for t in row]) for row in [out, *average]]
+    (dropped,) = gradients(1, sizes, dtype, seed=5)
+    counter = torch.tensor([1.0, 2.0], dtype=torch.float64)
+    measured.append(ops.sign_drop_(dropped, rows, counter))
+    written = [torch.cat([t.flatten() for t in row]) for row in [out, dropped, *average, *sums]]
     return [t.view(torch.uint8) for t in [*measured, *written]]
 
 
@@ -63,6 +68,8 @@ def kernels():
     out = [torch.empty(2_000_000)]
     ops.gram(rows), ops.sq_norms(rows), ops.combine_(out, rows, torch.ones(2))
     ops.ema_([[t.clone()] for (t,) in rows], rows, rows, 0.5)
+    ops.accumulate_squares_([[t.clone()] for (t,) in rows], rows, rows, 1.0)
+    ops.sign_drop_(out, rows, torch.ones(2, dtype=torch.float64))
     ops.solve("nash_mtl", torch.eye(64, dtype=torch.float64))
 """
 

@@ -12,16 +12,20 @@ import sys
 import pytest
 
 import igb_kernels as igb
+from igb_kernels.gradients import METHODS
+from igb_kernels.losses import RULES
+from igb_kernels.methods import table
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 PACKAGE = ROOT / "igb_kernels"
 CSRC = ROOT / "csrc"
 MODULES = sorted(path for path in PACKAGE.rglob("*.py"))
 
-FOUNDATION = {"_log", "status", "card"}
+FOUNDATION = {"_log", "_seed", "status", "card"}
 OPERATIONS = FOUNDATION | {"backends", "ops"}
 ALLOWED = {
     "_log": set(),
+    "_seed": set(),
     "status": set(),
     "card": set(),
     "_native": {"_C"},
@@ -33,6 +37,7 @@ ALLOWED = {
     "store": OPERATIONS,
     "result": FOUNDATION,
     "balancer": OPERATIONS | {"losses", "gradients", "capture", "store", "result"},
+    "methods": {"gradients", "losses"},
     "__init__": {"ops", "backends", "balancer", "gradients", "losses", "status", "result"},
     "integrations": OPERATIONS | {"losses", "gradients", "balancer", "result"},
 }
@@ -97,7 +102,9 @@ def test_importing_loads_nothing_but_torch_and_the_standard_library():
 
 
 def test_public_names():
-    assert len(igb.__all__) <= 12
+    methods = {cls.__name__ for cls in [*METHODS.values(), *RULES.values()]}
+    assert methods <= set(igb.__all__)
+    assert len(set(igb.__all__) - methods) <= 12
     assert sorted(igb.__all__) == sorted(set(igb.__all__))
     for name in igb.__all__:
         assert hasattr(igb, name)
@@ -126,6 +133,20 @@ def test_docstrings_of_what_is_public(name):
         for member, value in vars(thing).items():
             if not member.startswith("_") and (inspect.isfunction(value) or isinstance(value, property)):
                 assert inspect.getdoc(getattr(thing, member)), f"{name}.{member}"
+
+
+def test_the_table_of_methods_is_what_the_classes_say():
+    assert (PACKAGE / "METHODS.md").read_text() == table(), "python -m igb_kernels.methods > igb_kernels/METHODS.md"
+
+
+@pytest.mark.parametrize("cls", [*METHODS.values(), *RULES.values()], ids=lambda cls: cls.__name__)
+def test_cards(cls):
+    """Every class has its own, with what users look for first."""
+    assert "card" in vars(cls)
+    card = cls.card
+    assert all((card.title, card.formula, card.inputs, card.memory, card.passes))
+    assert card.invariance in ("", "direction", "update")
+    assert card.paper or cls.name in ("equal", "none")
 
 
 # ---- csrc ---------------------------------------------------------------------------------------------------------

@@ -24,7 +24,7 @@ from igb_kernels.backends.triton import CHUNK, FEW_TASKS, LANES, OPTIONS, ROWS_A
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 
 COUNTS = ("params", "before", "total", "tasks")
-DOUBLES = ("partials", "out", "weights", "decay")
+DOUBLES = ("partials", "out", "weights", "decay", "scales", "eps", "counter", "leaks")
 VECTORS = {tl.float32: 4, tl.float64: 2, tl.bfloat16: 8, tl.float16: 8}
 
 Variant = tuple[triton.JITFunction, dict[str, object], int]
@@ -43,7 +43,9 @@ def variants() -> Iterator[Variant]:
             tile, block = tile_for(tasks, dtype)
             yield kernels.gram_of_many, {**dtypes, "TILE": tile, "BLOCK": block, "ONE_TILE": tasks <= tile}, 1
         yield kernels.sq_norms, {**dtypes, "BLOCK": LANES * vector}, 1
-        yield kernels.ema, {**dtypes, "BLOCK": LANES * vector}, 2
+        for scales in ({"scales": None}, {}):
+            yield kernels.ema, {**dtypes, **scales, "BLOCK": LANES * vector}, 2
+        yield kernels.accumulate_squares, {**dtypes, "BLOCK": LANES * vector}, 2
         yield from combinations(dtype, dtype, acc, vector)
     yield from combinations(tl.float32, tl.bfloat16, tl.float32, VECTORS[tl.float32])
     yield from combinations(tl.bfloat16, tl.float32, tl.float32, VECTORS[tl.bfloat16])
@@ -53,6 +55,9 @@ def variants() -> Iterator[Variant]:
 
 def combinations(dtype: tl.dtype, out: tl.dtype, acc: tl.dtype, vector: int) -> Iterator[Variant]:
     fixed = {"DTYPE": dtype, "OUT": out, "ACC": acc, "BLOCK": LANES * vector, "CHUNK": CHUNK}
+    dropped = {"DTYPE": dtype, "OUT": out, "ACC": acc, "STREAMS": LANES, "CHUNK": CHUNK}
+    for leaks in ({"leaks": None}, {}):
+        yield kernels.sign_drop, {**dropped, **leaks, "GROUP": ROWS_AT_ONCE}, ROWS_AT_ONCE if dtype.itemsize >= 4 else 0
     for group, accumulate in ((3, False), (ROWS_AT_ONCE, True)):
         yield kernels.combine, {**fixed, "ACCUMULATE": accumulate, "GROUP": group}, group
 

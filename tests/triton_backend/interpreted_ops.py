@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from oracle import assert_sum, expected_gram
+from oracle import assert_one_sign, assert_squares, assert_sum, expected_gram
 from samplers import LAYOUTS, gradients, per_task_of
 from tolerances import TOLERANCES
 
@@ -216,15 +216,60 @@ def test_a_non_finite_gradient_stays_where_it_is():
     assert out.isfinite().logical_not().nonzero().flatten().tolist() == [CHUNK]
 
 
+# ---- One sign in each element ------------------------------------------------------------------------------------
+
+
+def check_one_sign(out, rows, leak, dtypes):
+    counter = torch.tensor([2.0**40 + 5, 2.0**33 + 3], dtype=torch.float64)
+    copies = [[None if t is None else t.clone() for t in row] for row in rows]
+    norm = ops.sign_drop_(out, rows, counter, leak, backend="triton")
+    assert_one_sign(out, copies, counter, leak, dtypes, slack=2**-7)  # the interpreter truncates to bfloat16
+    torch.testing.assert_close(norm, sum(o.double().square().sum() for o in out).reshape(1), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("tasks", TASKS)
+@pytest.mark.parametrize("dtype", ops.DTYPES)
+def test_sign_drop(dtype, tasks):
+    rows = gradients(tasks, SIZES, dtype, missing=lambda k, p: p == 2 or (k, p) == (1, 4))
+    for leak in (None, torch.linspace(0, 1, tasks)):
+        check_one_sign(outputs(SIZES, dtype, False), rows, leak, [dtype] * len(SIZES))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_sign_drop_every_layout(layout):
+    rows = gradients(3, SHAPES, torch.float32, layout=layout)
+    for out_layout in ("contiguous", "transposed", "gaps"):
+        check_one_sign(outputs(SHAPES, torch.float32, False, out_layout), rows, None, [torch.float32] * len(SHAPES))
+
+
+def test_sign_drop_over_a_row_and_of_mixed_dtypes():
+    dtypes = [dtype for dtype, _ in DTYPE_PAIRS]
+    sizes = [33 + 50 * p for p in range(len(DTYPE_PAIRS))]
+    rows = gradients(3, sizes, dtypes)
+    check_one_sign(outputs(sizes, [out for _, out in DTYPE_PAIRS], False), rows, None, dtypes)
+    check_one_sign(rows[0], rows, None, dtypes)
+
+
+@pytest.mark.parametrize("entry", [torch.nan, torch.inf, -torch.inf])
+def test_sign_drop_of_a_non_finite_gradient(entry):
+    rows = gradients(3, [5, CHUNK + 3], torch.float32)
+    rows[1][1][CHUNK] = entry
+    out = outputs([5, CHUNK + 3], torch.float32, True)
+    norm = ops.sign_drop_(out, rows, torch.zeros(2, dtype=torch.float64), backend="triton")
+    assert [o.isnan().nonzero().flatten().tolist() for o in out] == [[], [CHUNK]]
+    assert not norm.isfinite()
+
+
 # ---- Moving averages ---------------------------------------------------------------------------------------------
 
 
-def check_ema(out, state, grads, decay, dtypes):
+def check_ema(out, state, grads, decay, dtypes, scales=None):
     old = [[None if t is None else t.clone() for t in row] for row in state]
-    norms = ops.ema_(out, state, grads, torch.tensor([decay], dtype=torch.float64), backend="triton")
-    for out_row, old_row, row in zip(out, old, grads, strict=True):
+    norms = ops.ema_(out, state, grads, torch.tensor([decay], dtype=torch.float64), scales, backend="triton")
+    factors = [1.0] * len(out) if scales is None else scales.tolist()
+    for out_row, old_row, row, factor in zip(out, old, grads, factors, strict=True):
         for p, (o, s, g) in enumerate(zip(out_row, old_row, row, strict=True)):
-            assert_sum(o, [(decay, s), (1 - decay, g)], dtypes[p], f"column {p}")
+            assert_sum(o, [(decay, s), ((1 - decay) * factor, g)], dtypes[p], f"column {p}")
     expected_gram(out).check(norms, "norms")
 
 
@@ -251,6 +296,7 @@ def test_ema_in_place_without_state_and_in_mixed_dtypes():
     state = gradients(2, sizes, [accumulator_dtype(d) for d in dtypes], seed=1)
     check_ema(state, state, grads, 0.25, dtypes)
     check_ema(averages(2, sizes, dtypes), [[None] * 3] * 2, grads, 0.25, dtypes)
+    check_ema(averages(2, sizes, dtypes), state, grads, 0.25, dtypes, torch.tensor([-2.0, 0.3]))
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -260,6 +306,21 @@ def test_ema_every_layout(layout, out_layout):
     grads = gradients(2, SHAPES, torch.float32, layout=layout)
     state = gradients(2, SHAPES, torch.float32, seed=1, layout="mixed")
     check_ema(averages(2, SHAPES, dtypes, out_layout), state, grads, 0.7, dtypes)
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "offset", "mixed"])
+@pytest.mark.parametrize("dtype", ops.DTYPES)
+def test_accumulate_squares(dtype, layout):
+    """With and without state and gradient, and where a column has neither; then in place."""
+    shapes, wide = [*SIZES, 66, (2, 3, 4, 5)], accumulator_dtype(dtype)
+    grads = gradients(3, shapes, dtype, missing=lambda k, p: p in (2, 6) or (k + p) % 3 == 2, layout=layout)
+    state = gradients(3, shapes, wide, seed=1, missing=lambda k, p: p in (5, 6) or (k + p) % 4 == 0)
+    state = [[None if t is None else t.square() for t in row] for row in state]
+    out = averages(3, shapes, [dtype] * len(shapes))
+    excess = ops.accumulate_squares_(out, state, grads, 1e-4, backend="triton")
+    assert_squares(out, excess, state, grads, 1e-4)
+    before = [[t.clone() for t in row] for row in out]
+    assert_squares(out, ops.accumulate_squares_(out, out, grads, 1e-4, backend="triton"), before, grads, 1e-4)
 
 
 @pytest.mark.parametrize("status", [Status.NON_FINITE, Status.NON_FINITE | Status.ZERO_GRADIENT, Status.ALL_INACTIVE])

@@ -1,8 +1,9 @@
-// What rules share: limits, and a softmax for a team.
+// What rules share.
 #pragma once
 
 #include "../linalg.h"
 #include "../problem.h"
+#include "../simplex.h"
 #include "../status.h"
 
 namespace igb {
@@ -28,19 +29,18 @@ IGB_HD inline bool any_below(int n, const double* values, double bound) {
   return false;
 }
 
-// values := total softmax(values), where exp cannot overflow.
-template <class Team>
-IGB_HD void softmax(int n, double* values, double total, const Team& team) {
-  double largest = values[0];
-  for (int i = 1; i < n; ++i) largest = fmax(largest, values[i]);
-  team.sync();
-  for (int i = team.lane(); i < n; i += team.width()) values[i] = exp(values[i] - largest);
-  team.sync();
-  double sum = 0.0;
-  for (int i = 0; i < n; ++i) sum += values[i];
-  team.sync();
-  for (int i = team.lane(); i < n; i += team.width()) values[i] *= total / sum;
-  team.sync();
+// Keeps what may overflow finite: of quotients that go into a softmax.
+IGB_HD inline double bounded(double value) { return fmin(1e300, fmax(-1e300, value)); }
+
+// log(loss / reference), where both count as at least tiny_loss.
+IGB_HD inline double log_ratio(double loss, double reference) {
+  return log(fmin(1e300, fmax(1e-300, fmax(loss, tiny_loss) / fmax(reference, tiny_loss))));
+}
+
+// The gradient of a parameter that counts as at most `bound` in magnitude: beyond, none that leads further out.
+IGB_HD inline double inward(double parameter, double bound, double gradient) {
+  const bool outward = (parameter >= bound && gradient < 0.0) || (parameter <= -bound && gradient > 0.0);
+  return outward ? 0.0 : gradient;
 }
 
 }  // namespace igb

@@ -16,8 +16,9 @@ struct ImtlL {
   template <class Team>
   IGB_HD static std::int32_t scale(const LossProblem& problem, double* scales, const Team& team) {
     for (int i = team.lane(); i < problem.tasks; i += team.width()) {
-      scales[i] = exp(fmin(largest_log_scale, fmax(-largest_log_scale, problem.per_task[i])));
-      problem.state[i] = scales[i] * problem.losses[i] - 1.0;
+      const double p = problem.per_task[i];
+      scales[i] = exp(fmin(largest_log_scale, fmax(-largest_log_scale, p)));
+      problem.state[i] = inward(p, largest_log_scale, scales[i] * problem.losses[i] - 1.0);
     }
     team.sync();
     return 0;

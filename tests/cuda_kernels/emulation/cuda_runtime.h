@@ -167,6 +167,8 @@ template <class To, class From> To emulated_bits(From from) {
   std::memcpy(&to, &from, sizeof to);
   return to;
 }
+inline float rsqrtf(float x) { return float(1 / std::sqrt(double(x))); }
+inline double rsqrt(double x) { return 1 / std::sqrt(x); }
 inline float __uint_as_float(std::uint32_t u) { return emulated_bits<float>(u); }
 inline std::uint32_t __float_as_uint(float f) { return emulated_bits<std::uint32_t>(f); }
 inline double __hiloint2double(int hi, int lo) {

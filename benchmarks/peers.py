@@ -1,0 +1,95 @@
+"""The K×K problem as TorchJD and LibMTL solve it, where they are installed, as `make bench` does."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import sys
+import types
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from torch import Tensor
+
+Solve = Callable[[], object]
+
+
+def solvers(method: str, gram: Tensor, losses: Tensor) -> dict[str, Solve]:
+    """What finds the method's weights from the Gramian (TorchJD) or gradients that have it (LibMTL), by library."""
+    found = {}
+    if importlib.util.find_spec("torchjd") is not None and (name := TORCHJD.get(method)):
+        found["torchjd"] = _torchjd(name, gram)
+    if importlib.util.find_spec("LibMTL") is not None and (name := LIBMTL.get(method)):
+        found["LibMTL"] = _libmtl(name, gram, losses)
+    return found
+
+
+TORCHJD = {
+    "aligned_mtl": "AlignedMTLWeighting()",
+    "cagrad": "CAGradWeighting(c=0.5)",
+    "config": "ConFIG()",
+    "dual_proj": "DualProjWeighting()",
+    "fairgrad": "FairGradWeighting(alpha=1.0)",
+    "gradvac": "GradVacWeighting()",
+    "imtl_g": "IMTLGWeighting()",
+    "mgda": "MGDAWeighting()",
+    "modo": "MoDoWeighting()",
+    "nash_mtl": "NashMTL(n_tasks={tasks})",
+    "pcgrad": "PCGradWeighting()",
+    "sdm_grad": "SDMGradWeighting()",
+    "upgrad": "UPGradWeighting()",
+}
+
+
+def _torchjd(name: str, gram: Tensor) -> Solve:
+    from torchjd import aggregation
+
+    solver = eval(f"aggregation.{name.format(tasks=len(gram))}", {"aggregation": aggregation})
+    return partial(solver, _rows_with(gram) if isinstance(solver, aggregation.Aggregator) else gram)
+
+
+LIBMTL = {
+    "cagrad": ("CAGrad", {"calpha": 0.5, "rescale": 1}),
+    "gradvac": ("GradVac", {"beta": 0.5}),
+    "imtl_g": ("IMTL", {}),
+    "mgda": ("MGDA", {"mgda_gn": "none"}),
+    "pcgrad": ("PCGrad", {}),
+}
+
+
+def _libmtl(peer: tuple[str, dict[str, object]], gram: Tensor, losses: Tensor) -> Solve:
+    """The weighting as it is, on gradients that are given instead of computed, and an update that goes nowhere."""
+    name, arguments = peer
+    rows = _rows_with(gram).float()
+
+    class Given(getattr(_libmtl_weighting(), name)):
+        rep_grad, task_num, device = False, len(rows), torch.device("cpu")
+
+        def _compute_grad_dim(self) -> None: ...
+
+        def _compute_grad(self, *_: object, **__: object) -> Tensor:
+            return rows
+
+        def _get_grads(self, *_: object, **__: object) -> Tensor:
+            return rows
+
+        def _reset_grad(self, *_: object) -> None: ...
+
+        def _backward_new_grads(self, *_: object, **__: object) -> None: ...
+
+    weighting = Given()
+    weighting.init_param()
+    return partial(weighting.backward, losses.float(), **arguments)
+
+
+def _libmtl_weighting() -> types.ModuleType:
+    """Its package imports models that need an older torchvision; the weightings need none of them."""
+    if "LibMTL" not in sys.modules:
+        sys.modules["LibMTL"] = importlib.util.module_from_spec(importlib.util.find_spec("LibMTL"))
+    return importlib.import_module("LibMTL.weighting")
+
+
+def _rows_with(gram: Tensor) -> Tensor:
+    """K gradients of K elements with this Gramian: forming it again from them costs next to nothing."""
+    return torch.linalg.cholesky(gram)
