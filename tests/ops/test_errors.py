@@ -120,7 +120,7 @@ CALLS = {
         "solve … state … float64 … found None",
     ),
     # loss_scales
-    "unknown rule": (scales("uw", LOSSES), ValueError, "loss_scales … rule … igb_v1 … found 'uw'"),
+    "unknown rule": (scales("unknown", LOSSES), ValueError, "loss_scales … rule … igb_v1 … found 'unknown'"),
     "unknown rule option": (scales("log", LOSSES, beta=1), ValueError, "loss_scales … option of log … eps … 'beta'"),
     "no base losses": (scales("igb_v1", LOSSES), ValueError, "loss_scales … igb_v1 … per_task … found None"),
     "too few log scales": (scales("imtl_l", LOSSES, ONE), ValueError, "loss_scales … per_task … (2,) … found (1,)"),
