@@ -11,6 +11,8 @@ VENV := .venv
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check
 ARGS ?=
+# Code for one GPU architecture is enough to develop and test with; "80-real;90" makes more.
+export CUDAARCHS ?= 90
 RESULTS ?= benchmarks/results/latest.json
 
 .PHONY: demo test bench build lint clean gpu-check

@@ -1,7 +1,11 @@
-"""Builds the compiled module `igb_kernels._C` with CMake and ninja. Metadata lives in pyproject.toml."""
+"""Builds the compiled module `igb_kernels._C` with CMake and ninja; CMAKE_ARGS adds to what CMake is told.
+
+Metadata lives in pyproject.toml.
+"""
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -25,6 +29,7 @@ class CMakeBuild(build_ext):
             f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={target}",
             f"-DPython_EXECUTABLE={sys.executable}",
             f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
+            *os.environ.get("CMAKE_ARGS", "").split(),
         ]  # fmt: skip
         subprocess.run(configure, cwd=build, check=True)
         subprocess.run(["cmake", "--build", "."], cwd=build, check=True)

@@ -40,7 +40,7 @@ class WarpTeam {
   int lane_;
 };
 
-// A block of a whole number of warps.
+// A block of one warp or more.
 class BlockTeam {
  public:
   IGB_HD BlockTeam(int lane, int width) : lane_(lane), width_(width) {}
@@ -48,7 +48,8 @@ class BlockTeam {
   IGB_HD int width() const { return width_; }
   IGB_HD void sync() const {
 #if defined(__CUDA_ARCH__)
-    __syncthreads();
+    if (width_ == 32) __syncwarp();  // cheaper than the block's barrier
+    else __syncthreads();
 #endif
   }
 

@@ -20,37 +20,50 @@ constexpr int kSharedDoubles = 5888;  // 46 KiB: Nash-MTL to 74 tasks, most meth
 constexpr int kMostForAWarp = 16;
 constexpr int kBlockThreads = 256;
 
-template <int Threads> __device__ auto make_team() {
-  if constexpr (Threads == 32) return WarpTeam(threadIdx.x);
-  else return BlockTeam(threadIdx.x, Threads);
-}
-
-template <class Solver, int Threads>
-__global__ void __launch_bounds__(Threads, 1)
+// One copy of each solver, for teams of any width and memory of either kind: with a copy for each, nvcc takes minutes.
+template <class Solver>
+__global__ void __launch_bounds__(kBlockThreads, 1)
     solve_problem(Problem problem, const Options options, int size, double* weights, std::int32_t* status, double* workspace) {
   __shared__ double shared[kSharedDoubles];
   problem.options = options.values;
-  const auto team = make_team<Threads>();
-  // Two calls, so that the compiler knows which memory it is.
-  const std::int32_t bits = size <= kSharedDoubles ? igb::detail::run<Solver>(problem, weights, shared, team)
-                                                   : igb::detail::run<Solver>(problem, weights, workspace, team);
+  const BlockTeam team(threadIdx.x, blockDim.x);
+  const std::int32_t bits = igb::detail::run<Solver>(problem, weights, size <= kSharedDoubles ? shared : workspace, team);
   if (threadIdx.x == 0) *status = bits;
 }
 
 constexpr int kMostLosses = 1024;
 
-template <class T>
-__global__ void __launch_bounds__(32) scale_losses(LossRule rule, LossProblem problem, const T* losses,
-                                                   const Options options, T* scales, std::int32_t* status) {
+__device__ double read(DType dtype, const void* values, int i) {
+  switch (dtype) {
+    case DType::f32: return widen(static_cast<const float*>(values)[i]);
+    case DType::f64: return static_cast<const double*>(values)[i];
+    case DType::bf16: return widen(static_cast<const __nv_bfloat16*>(values)[i]);
+    case DType::f16: break;
+  }
+  return widen(static_cast<const __half*>(values)[i]);
+}
+
+__device__ void write(DType dtype, void* values, int i, double value) {
+  switch (dtype) {
+    case DType::f32: static_cast<float*>(values)[i] = narrow<float>(float(value)); return;
+    case DType::f64: static_cast<double*>(values)[i] = value; return;
+    case DType::bf16: static_cast<__nv_bfloat16*>(values)[i] = narrow<__nv_bfloat16>(float(value)); return;
+    case DType::f16: static_cast<__half*>(values)[i] = narrow<__half>(float(value)); return;
+  }
+}
+
+__global__ void __launch_bounds__(32)
+    scale_losses(LossRule rule, LossProblem problem, DType dtype, const void* losses, const Options options, void* scales,
+                 std::int32_t* status) {
   __shared__ double values[kMostLosses], results[kMostLosses];
   const int tasks = problem.tasks;
   const WarpTeam team(threadIdx.x);
   problem.losses = values;
   problem.options = options.values;
-  for (int i = threadIdx.x; i < tasks; i += 32) values[i] = double(widen(losses[i]));
+  for (int i = threadIdx.x; i < tasks; i += 32) values[i] = read(dtype, losses, i);
   team.sync();
   const std::int32_t bits = igb::loss_scales(rule, problem, results, team);
-  for (int i = threadIdx.x; i < tasks; i += 32) scales[i] = narrow<T>(Accumulator<T>(results[i]));
+  for (int i = threadIdx.x; i < tasks; i += 32) write(dtype, scales, i, results[i]);
   if (threadIdx.x == 0) *status = bits;
 }
 
@@ -61,11 +74,8 @@ void solve(Method method, const Problem& problem, double* weights, std::int32_t*
   const Options options(problem.options, option_count(method));
   const int size = workspace_size(method, problem.tasks);
   igb::detail::select(method, [&](auto solver) {
-    const auto run = [&](auto kernel, int threads) {
-      IGB_LAUNCH(kernel, 1, threads, stream, problem, options, size, weights, status, workspace);
-    };
-    if (problem.tasks <= kMostForAWarp) run(solve_problem<decltype(solver), 32>, 32);
-    else run(solve_problem<decltype(solver), kBlockThreads>, kBlockThreads);
+    const int threads = problem.tasks <= kMostForAWarp ? 32 : kBlockThreads;
+    IGB_LAUNCH(solve_problem<decltype(solver)>, 1, threads, stream, problem, options, size, weights, status, workspace);
     return 0;
   });
 }
@@ -76,11 +86,7 @@ void loss_scales(LossRule rule, int tasks, DType dtype, const void* losses, cons
     throw std::runtime_error("loss balancing on the GPU takes at most 1024 tasks, found " + std::to_string(tasks));
   const Options by_value(options, option_count(rule));
   const LossProblem problem{tasks, nullptr, per_task, nullptr, state};
-  with_type(dtype, [&](auto tag) {
-    using T = Element<decltype(tag)>;
-    IGB_LAUNCH(scale_losses<T>, 1, 32, stream, rule, problem, static_cast<const T*>(losses), by_value,
-               static_cast<T*>(scales), status);
-  });
+  IGB_LAUNCH(scale_losses, 1, 32, stream, rule, problem, dtype, losses, by_value, scales, status);
 }
 
 }  // namespace igb::cuda

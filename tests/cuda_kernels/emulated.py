@@ -19,8 +19,11 @@ ORDERS = (0, 1, 2)
 """Of a block's threads between barriers: ascending, descending, scattered."""
 
 
-def build(folder: Path, edits: Mapping[str, Mapping[str, str]] | None = None) -> Path:
-    """Compiles the module; `edits` are replacements in its sources, by file name."""
+def build(folder: Path, edits: Mapping[str, Mapping[str, str]] | None = None, reuse: Path | None = None) -> Path:
+    """Compiles the module; `edits` are replacements in its sources, by file name.
+
+    Of an earlier build in the folder `reuse`, everything but the streaming kernels is taken as it is.
+    """
     shutil.copytree(ROOT / "csrc", folder / "csrc")
     for file, replacements in (edits or {}).items():
         path = folder / "csrc" / "cuda" / file
@@ -47,6 +50,8 @@ def build(folder: Path, edits: Mapping[str, Mapping[str, str]] | None = None) ->
     def compiled(item: tuple[Path, list[str]]) -> Path:
         source, flags = item
         target = folder / f"{source.stem}.{source.suffix[1:]}.o"
+        if reuse is not None and source.name != "multi_tensor.cu":
+            return reuse / target.name
         subprocess.run([*common, *flags, "-c", source, "-o", target], check=True)
         return target
 

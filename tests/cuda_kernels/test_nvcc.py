@@ -1,38 +1,43 @@
-"""What nvcc makes of the kernels: no spills, and registers for the blocks that are meant to run together."""
+"""What nvcc made of the kernels: no spills, and registers for the blocks that are meant to run together."""
+
+from __future__ import annotations
 
 import re
 import shutil
 import subprocess
+from pathlib import Path
 
 import pytest
 
-from .emulated import CUDA
+from igb_kernels import _native
 
-FUNCTION = re.compile(
-    r"Function properties for (\S+)\n\s+(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads\n"
-    r"ptxas info\s+: Used (\d+) registers"
-)
+FUNCTION = re.compile(r"Function (\S+):\n\s+REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)")
 REGISTERS = 65536  # of a multiprocessor
 THREADS = 256
 
 
-@pytest.mark.parametrize("architecture", ["sm_80", "sm_90"])
-@pytest.mark.parametrize(("source", "flags"), [("multi_tensor.cu", []), ("problem.cu", ["--fmad=false"])])
-def test_nothing_spills(tmp_path, source, flags, architecture):
-    nvcc = shutil.which("nvcc") or shutil.which("/usr/local/cuda/bin/nvcc")
-    if nvcc is None:
-        pytest.skip("no nvcc found")
-    command = [nvcc, "-std=c++17", "-O3", f"-arch={architecture}", "-Xptxas", "-v", "-Werror", "all-warnings", *flags]
-    result = subprocess.run(
-        [*command, "-c", CUDA / source, "-o", tmp_path / "kernels.o"], capture_output=True, text=True, check=False
-    )
-    assert result.returncode == 0, result.stderr
-    found = FUNCTION.findall(result.stderr)
-    assert len(found) > 5
-    for name, stack, stores, loads, registers in found:
-        assert (int(stack), int(stores), int(loads)) == (0, 0, 0), name
+def cuobjdump() -> str:
+    if found := shutil.which("cuobjdump"):
+        return found
+    triton = pytest.importorskip("triton", reason="no cuobjdump on the PATH, and no Triton, which has one")
+    return str(Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump")
+
+
+def test_nothing_spills():
+    """In any architecture that the module is built for."""
+    if _native.module is None or not hasattr(_native.module, "cuda"):
+        pytest.skip("igb_kernels._C was built without nvcc")
+    command = [cuobjdump(), "--dump-resource-usage", _native.module.__file__]
+    report = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    found = FUNCTION.findall(report)
+    assert len(found) > 20
+    for name, registers, stack, local in found:
+        # Four random words, which are chosen by an index, have no place in registers.
+        room = 64 if re.search("Pcgrad|Gradvac|scale_losses", name) else 0
+        assert int(stack) <= room, name
+        assert int(local) == 0, name
         # Two blocks of the kernels for up to four rows, and of those without rows, fit four times.
-        small = re.search(r"gram_partialI\w+Li[1234]ELb1E", name) or (
-            "gram_partial" not in name and "problem" not in source
+        small = re.search(r"gram_partialI\w+Li[1234]ELb1E", name) or not re.search(
+            "gram_partial|_problem|scale_losses", name
         )
         assert int(registers) <= (REGISTERS // THREADS // 4 if small else 255), name

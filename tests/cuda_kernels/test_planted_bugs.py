@@ -50,11 +50,11 @@ def is_right(module: Path) -> bool:
     return result.returncode == 0
 
 
-def test_the_sources_as_they_are(tmp_path):
-    assert is_right(build(tmp_path / "build"))
+def test_the_sources_as_they_are(emulated):
+    assert is_right(Path(emulated.__file__))
 
 
 @pytest.mark.parametrize("bug", BUGS)
-def test_a_planted_bug_is_noticed(tmp_path, bug):
+def test_a_planted_bug_is_noticed(emulated, tmp_path, bug):
     file, right, wrong = BUGS[bug]
-    assert not is_right(build(tmp_path / "build", {file: {right: wrong}}))
+    assert not is_right(build(tmp_path / "build", {file: {right: wrong}}, reuse=Path(emulated.__file__).parent))
