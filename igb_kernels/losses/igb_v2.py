@@ -146,6 +146,7 @@ class IGBv2(LossBalancer):
         self._seed: int | None = None
         self._learner: Learner | None = None
         self._weights: Tensor | None = None  # of the current step [K], float32 on the CPU
+        self._base: Tensor | None = None  # the base losses, once they are known
         self._last: tuple[Tensor, Tensor] | None = None  # losses, float64, and weights of the last usable step; CPU
         self._ended = Readback()  # the losses and status of a step whose end has not been taken into account
 
@@ -168,6 +169,7 @@ class IGBv2(LossBalancer):
 
     def start(self, tasks: int, device: torch.device) -> None:
         self.base.start(tasks, torch.device("cpu"))
+        self._base = None
         self._tasks = tasks
         self._seed = int(torch.randint(SEEDS, (), device="cpu")) if self.seed is None else self.seed
         self._learner = self._new_learner()
@@ -201,45 +203,56 @@ class IGBv2(LossBalancer):
         if self._learner is None or self._seed is None:
             return torch.ones(1, device="cpu")
         noise = normals(self._seed, self._step, self._tasks)
-        base = self.base.value()
-        if not self._after(self.start_epoch) or base is None or bool(base.isnan().any()) or self._last is None:
+        base = self._known_base()
+        if not self._after(self.start_epoch) or base is None or self._last is None:
             return weights_of(noise)
         seen = losses.double() if losses.device.type == "cpu" else self._last[0]
         return self._learner.actor(self._observed(seen, base), noise)
+
+    def _known_base(self) -> Tensor | None:
+        """The base losses [K] once they are known, at least TINY."""
+        if self._base is None:
+            base = self.base.value()
+            if base is not None and not bool(base.isnan().any()):
+                self._base = base.clamp_min(TINY)
+        return self._base
 
     def _after(self, epochs: int) -> bool:
         return self.steps_per_epoch is not None and self._step >= epochs * self.steps_per_epoch
 
     def _observed(self, losses: Tensor, base: Tensor) -> Tensor:
         """What the agent sees of losses [K]; float32."""
-        values = losses / base.clamp_min(TINY) if self.state_kind == "ratio" else losses
+        values = losses / base if self.state_kind == "ratio" else losses
         return values.clamp(-LARGEST, LARGEST).float()
 
     def commit(self, losses: Tensor, scales: Tensor, status: Tensor) -> None:
-        self._ended.put(torch.cat([losses.double(), status.to(losses.device, torch.float64).reshape(1)]))
         if losses.device.type == "cpu":
-            self._settle()
+            self._end_step(losses.to(torch.float64, copy=True), int(status))
+        else:
+            self._ended.put(torch.cat([losses.double(), status.to(losses.device, torch.float64).reshape(1)]))
 
     def _settle(self) -> None:
         """Takes the end of the last step into account, if that is still to be done."""
         numbers = self._ended.take()
-        if numbers is None:
-            return
-        losses, status = numbers[:-1], numbers[-1].int()
+        if numbers is not None:
+            self._end_step(numbers[:-1], int(numbers[-1]))
+
+    def _end_step(self, losses: Tensor, status: int) -> None:
+        """A step has ended with these losses [K], float64 on the CPU."""
         assert self._weights is not None
-        if int(status) & UNUSABLE:
+        if status & UNUSABLE:
             return
         if self._learner is not None:
             self._record(losses, self._learner)
-        self.base.add(losses, status)
+        self.base.add(losses, torch.tensor(0, device="cpu"))
         self._last = losses, self._weights
         self._step += 1
 
     def _record(self, losses: Tensor, learner: Learner) -> None:
-        base = self.base.value()
-        if self._last is not None and base is not None and not bool(base.isnan().any()):
+        base = self._known_base()
+        if self._last is not None and base is not None:
             before, weights = self._last
-            fall = float(((before - losses) / base.clamp_min(TINY)).min())
+            fall = float(((before - losses) / base).min())
             reward = min(LARGEST, max(-LARGEST, self.reward_scale * fall))
             learner.store(self._observed(before, base), weights, reward, self._observed(losses, base))
         if self._after(self.update_after) and self._step % self.update_every == 0 and len(learner):
@@ -283,6 +296,7 @@ class IGBv2(LossBalancer):
             if state["options"][name] != value:
                 raise ValueError(f"{name} is {value!r}, but the state's is {state['options'][name]!r}")
         self.base.load_state_dict(state["base"])
+        self._base = None
         self._ended.take()  # a step before the state
         self._tasks, self._seed, self._step = state["tasks"], state["seed"], state["step"]
         self.steps_per_epoch, self.reward_scale = state["steps_per_epoch"], state["reward_scale"]
