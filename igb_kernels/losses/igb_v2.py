@@ -191,11 +191,10 @@ class IGBv2(LossBalancer):
             raise RuntimeError(
                 "IGBv2's agent failed to train, and needs a state to be loaded"
             ) from self._learner.failure
-        self._weights = self._choose(losses)
-        weights = self._weights
-        if losses.device.type != "cpu":
-            weights = weights.pin_memory() if losses.device.type == "cuda" else weights
-            weights = weights.to(losses.device, non_blocking=True)
+        weights = self._weights = self._choose(losses)
+        if losses.device.type == "cuda":
+            weights = weights.pin_memory()  # from the caching allocator, which keeps it until the copy is done
+        weights = weights.to(losses.device, non_blocking=True)
         return backend.loss_scales(self.name, losses, weights, [], None)
 
     def _choose(self, losses: Tensor) -> Tensor:
@@ -206,7 +205,7 @@ class IGBv2(LossBalancer):
         base = self._known_base()
         if not self._after(self.start_epoch) or base is None or self._last is None:
             return weights_of(noise)
-        seen = losses.double() if losses.device.type == "cpu" else self._last[0]
+        seen = self._last[0] if _read_later(losses) else losses.double()
         return self._learner.actor(self._observed(seen, base), noise)
 
     def _known_base(self) -> Tensor | None:
@@ -226,10 +225,10 @@ class IGBv2(LossBalancer):
         return values.clamp(-LARGEST, LARGEST).float()
 
     def commit(self, losses: Tensor, scales: Tensor, status: Tensor) -> None:
-        if losses.device.type == "cpu":
-            self._end_step(losses.to(torch.float64, copy=True), int(status))
-        else:
+        if _read_later(losses):
             self._ended.put(torch.cat([losses.double(), status.to(losses.device, torch.float64).reshape(1)]))
+        else:
+            self._end_step(losses.to(torch.float64, copy=True), int(status))
 
     def _settle(self) -> None:
         """Takes the end of the last step into account, if that is still to be done."""
@@ -312,6 +311,11 @@ class IGBv2(LossBalancer):
             f"IGBv2({self.base.arguments()}, state={self.state_kind!r}, logprob={self.settings.logprob!r}, "
             f"background={self.background})"
         )
+
+
+def _read_later(losses: Tensor) -> bool:
+    """Whether the host reads them during the next step, so as not to wait for them in this one."""
+    return losses.device.type != "cpu"
 
 
 def _agent_class() -> Callable[[int, Settings, int], Agent]:

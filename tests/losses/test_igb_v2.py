@@ -192,6 +192,42 @@ def test_a_raised_step_changes_nothing():
         assert torch.equal(step(rule, losses), first * losses)
 
 
+def test_read_later_the_losses_of_the_step_before_are_acted_on(monkeypatch):
+    """As on a GPU. What is recorded is the same; a step's end is taken into account by whatever comes next."""
+    seen = []
+    rule = started(2, **BASE, update_after=10**6, start_epoch=1)
+    plain = started(2, **BASE, update_after=10**6, start_epoch=10**6)
+    observed = rule._learner.actor
+
+    def watch(state, noise):
+        seen.append(state.tolist())
+        return observed(state, noise)
+
+    rule._learner.actor = watch
+    monkeypatch.setattr(igb_v2, "_read_later", lambda losses: True)
+    for i in range(9):
+        step(rule, losses_of(i))
+        step(plain, losses_of(i))
+        assert rule._step == i  # this step's end is unread
+    expected = torch.stack([losses_of(i) for i in range(2, 8)]) / torch.tensor([1.0, 2.0])
+    torch.testing.assert_close(torch.tensor(seen), expected)
+    rule._learner.actor = observed
+    found, known = transitions(rule), transitions(plain)
+    assert rule._step == 9
+    for name in ("state", "reward", "next_state"):
+        assert len(found[name]) == 8
+        assert torch.equal(found[name], known[name])
+
+
+def test_no_two_updates_draw_the_same(monkeypatch):
+    seeds = []
+    monkeypatch.setattr(SACAgent, "train", lambda self, batch, seed: seeds.append(seed))
+    rule = started(2, **BASE)
+    run(rule, 0, 40)
+    assert len(seeds) > 10
+    assert len(set(seeds)) == len(seeds)
+
+
 def test_one_task_needs_no_agent():
     rule = started(1, base_losses=[1.0])
     for i in range(30):
