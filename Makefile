@@ -1,5 +1,5 @@
 # Everything starts from a bare checkout: each target first makes .venv with what it needs.
-#   make demo    train on QM9 (ARGS="--epochs 5" passes flags on)
+#   make demo    train on QM9 (METHOD=igb_v2+db_mtl names what to compare, ARGS="--epochs 5" passes flags on)
 #   make test    lint, types, C++ and Python tests
 #   make bench   benchmarks against PyTorch and the copy floor
 #   make build   rebuild the compiled module in place after a change in csrc
@@ -13,12 +13,13 @@ PIP := $(PY) -m pip --disable-pip-version-check
 ARGS ?=
 # Code for one GPU architecture is enough to develop and test with; "80-real;90" makes more.
 export CUDAARCHS ?= 90
+METHOD ?=
 RESULTS ?= benchmarks/results/latest.json
 
 .PHONY: demo test bench build lint clean gpu-check
 
-demo: $(VENV)/demo
-	$(PY) examples/qm9/train.py $(ARGS)
+demo: $(VENV)/demo $(if $(findstring igb_v2,$(METHOD) $(ARGS)),$(VENV)/igbv2)
+	$(PY) examples/qm9/train.py $(if $(METHOD),--methods equal $(filter-out equal,$(METHOD))) $(ARGS)
 
 test: build lint
 	$(PY) -m pytest $(ARGS)
@@ -46,6 +47,10 @@ $(VENV)/tools: constraints.txt pyproject.toml
 
 $(VENV)/demo: $(VENV)/tools
 	$(PIP) install --quiet -c constraints.txt --no-build-isolation --editable ".[demo]"
+	touch $@
+
+$(VENV)/igbv2: $(VENV)/demo
+	$(PIP) install --quiet -c constraints.txt --no-build-isolation --editable ".[igbv2]"
 	touch $@
 
 $(VENV)/dev: $(VENV)/tools

@@ -13,6 +13,7 @@
 #include "rules/famo.h"
 #include "rules/gls.h"
 #include "rules/igb_v1.h"
+#include "rules/igb_v2.h"
 #include "rules/imtl_l.h"
 #include "rules/ldc_mtl.h"
 #include "rules/log.h"
@@ -28,6 +29,7 @@ namespace igb {
   rule(none, Unscaled)       \
   rule(log, Log)             \
   rule(igb_v1, IgbV1)        \
+  rule(igb_v2, IgbV2)        \
   rule(imtl_l, ImtlL)        \
   rule(uw, Uw)               \
   rule(rlw, Rlw)             \

@@ -139,6 +139,11 @@ def print_results(console: Console, runs: Sequence[Run], mean_mae: NDArray[np.fl
                 f"{run.method}: training ended before IGBv1 had its base losses (the second epoch's means) to act on",
                 highlight=False,
             )
+        if isinstance(rule, igb.IGBv2) and len(run.val_errors) <= rule.start_epoch:
+            console.print(
+                f"{run.method}: IGBv2's weights were random: its agent acts after {rule.start_epoch} epochs",
+                highlight=False,
+            )
 
 
 def print_times(console: Console, runs: Sequence[Run], times: Mapping[str, StepTime]) -> None:

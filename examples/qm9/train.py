@@ -16,6 +16,7 @@ from cli import parse_arguments
 from loop import Run, epoch_batches, test, train
 from models import build_model
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -59,8 +60,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     console = Console()
     try:
         return run_all(args, console)
-    except (ValueError, FileNotFoundError) as error:
-        console.print(f"[bold red]error:[/] {error}", highlight=False)
+    except (ValueError, FileNotFoundError, ImportError) as error:
+        console.print(f"[bold red]error:[/] {escape(str(error))}", highlight=False)
         return 2
     except KeyboardInterrupt:  # outside training: there is nothing to report yet, or it was being reported
         console.print("interrupted", style="yellow")

@@ -5,6 +5,7 @@ from igb_kernels.losses.dwa import DWA
 from igb_kernels.losses.famo import FAMO
 from igb_kernels.losses.gls import GLS
 from igb_kernels.losses.igb_v1 import IGBv1
+from igb_kernels.losses.igb_v2 import IGBv2
 from igb_kernels.losses.imtl_l import IMTLL
 from igb_kernels.losses.ldc_mtl import LDCMTL
 from igb_kernels.losses.learned import LearnedLossBalancer
@@ -20,6 +21,7 @@ RULES: dict[str, type[LossBalancer]] = {
         Unscaled,
         Log,
         IGBv1,
+        IGBv2,
         IMTLL,
         UW,
         RLW,
@@ -41,6 +43,7 @@ __all__ = [
     "STCH",
     "UW",
     "IGBv1",
+    "IGBv2",
     "LearnedLossBalancer",
     "Log",
     "LossBalancer",

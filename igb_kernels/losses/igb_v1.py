@@ -11,9 +11,10 @@ from torch import Tensor
 from igb_kernels import ops
 from igb_kernels.backends.reference import LossProblem
 from igb_kernels.card import Card
+from igb_kernels.losses._base_losses import BaseLosses
 from igb_kernels.losses.base import LossBalancer
 from igb_kernels.losses.log import TINY, unless_negative
-from igb_kernels.status import UNUSABLE, Status, UsableSteps
+from igb_kernels.status import Status
 
 
 class IGBv1(LossBalancer):
@@ -52,24 +53,7 @@ class IGBv1(LossBalancer):
         self, base_epoch: int = 1, *, steps: int | None = None, base_losses: Sequence[float] | Tensor | None = None
     ) -> None:
         super().__init__()
-        if steps is not None and base_losses is not None:
-            raise ValueError("steps and base_losses exclude each other: the base is measured or given")
-        if not isinstance(base_epoch, int) or base_epoch < 0:
-            raise ValueError(f"base_epoch must be an integer of at least 0, found {base_epoch!r}")
-        if steps is not None and (not isinstance(steps, int) or steps < 1):
-            raise ValueError(f"steps must be an integer of at least 1, found {steps!r}")
-        self.base_epoch, self.steps = base_epoch, steps
-        self._epoch = 0
-        self._recorded = UsableSteps()
-        self._base: Tensor | None = None
-        self._sum: Tensor | None = (
-            None  # while the base is measured: summed losses, and the number of steps behind them
-        )
-        self._given = base_losses is not None
-        if base_losses is not None:
-            self._base = torch.as_tensor(base_losses, dtype=torch.float64).detach().clone()
-            if self._base.dim() != 1 or not bool((self._base > 0).all()) or not bool(self._base.isfinite().all()):
-                raise ValueError(f"base_losses must be K positive finite numbers, found {self._base.tolist()}")
+        self.base = BaseLosses(base_epoch, steps, base_losses)
 
     @property
     def base_losses(self) -> Tensor | None:
@@ -77,57 +61,30 @@ class IGBv1(LossBalancer):
         return self.per_task()
 
     def start(self, tasks: int, device: torch.device) -> None:
-        if self._given and self._base is not None:
-            if len(self._base) != tasks:
-                raise ValueError(
-                    f"base_losses must have one number for each of the {tasks} tasks, found {len(self._base)}"
-                )
-            self._base = self._base.to(device)
-        else:
-            self._base = torch.full((tasks,), torch.nan, dtype=torch.float64, device=device)
-            self._sum = torch.zeros(tasks + 1, dtype=torch.float64, device=device)
+        self.base.start(tasks, device)
 
     def per_task(self) -> Tensor | None:
-        if self._sum is not None and self._measured():
-            # Where no step could be used this is NaN, which means unknown.
-            self._base, self._sum = self._sum[:-1] / self._sum[-1], None
-        return self._base
-
-    def _measured(self) -> bool:
-        return self._recorded.count == self.steps if self.steps is not None else self._epoch > self.base_epoch
+        return self.base.value()
 
     def commit(self, losses: Tensor, scales: Tensor, status: Tensor) -> None:
-        if self._sum is None or (self.steps is None and self._epoch != self.base_epoch):
-            return
-        entry = torch.cat([losses.double(), losses.new_ones(1, dtype=torch.float64)])
-        self._sum = self._sum + entry.masked_fill((status & UNUSABLE) != 0, 0.0)
-        if self.steps is not None:
-            self._recorded.add(status)
+        self.base.add(losses, status)
 
     def host_decision(self) -> str | None:
-        self.per_task()
-        return None if self._sum is None else f"{self!r} has yet to measure its base losses"
+        return None if self.base.settled() else f"{self!r} has yet to measure its base losses"
 
     def end_epoch(self) -> None:
-        self._epoch += 1
+        self.base.end_epoch()
 
     def state_dict(self) -> dict[str, Any]:
         """See the base class."""
-        base = self.per_task()
-        return {"epoch": self._epoch, "recorded": self._recorded.count, "base": base, "sum": self._sum}
+        return self.base.state_dict()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """See the base class."""
-        base = state["base"]
-        if self._given and self._base is not None and (base is None or len(base) != len(self._base)):
-            raise ValueError(f"base_losses has {len(self._base)} tasks, but the state's are {base}")
-        self._epoch, self._recorded = state["epoch"], UsableSteps(state["recorded"])
-        self._base, self._sum = state["base"], state["sum"]
+        self.base.load_state_dict(state)
 
     def __repr__(self) -> str:
-        if self._given:
-            return f"IGBv1(base_losses={[] if self._base is None else self._base.tolist()})"
-        return f"IGBv1(steps={self.steps})" if self.steps is not None else f"IGBv1(base_epoch={self.base_epoch})"
+        return f"IGBv1({self.base.arguments()})"
 
 
 @ops.register_rule("igb_v1", per_task=lambda tasks: (tasks,), needs_per_task=True)

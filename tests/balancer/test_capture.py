@@ -111,6 +111,7 @@ def test_the_first_step_cannot_be_captured(capture):
         (lambda: {"gradients": igb.NashMTL(update_every=2)}, r"NashMTL\(update_every=2\) counts steps on the host"),
         (lambda: {"gradients": igb.IGBv1()}, r"IGBv1\(base_epoch=1\) has yet to measure its base losses on the host"),
         (lambda: {"gradients": igb.IGBv1(steps=5)}, r"IGBv1\(steps=5\) has yet to measure"),
+        (lambda: {"gradients": igb.IGBv2()}, r"IGBv2\(.*\) lets its agent choose the weights on the host"),
     ],
 )
 def test_what_the_host_decides_cannot_be_captured(capture, make, reason):

@@ -55,6 +55,13 @@ class Run:
         self.optimizer.load_state_dict(copy.deepcopy(states["optimizer"]))  # optimizers write into what they load
 
 
+def igb_v2(background: bool) -> dict[str, object]:
+    """An agent that learns from the fifth step on and acts from the ninth on."""
+    rule = igb.IGBv2(0, background=background, steps_per_epoch=4, update_after=1, start_epoch=2, update_every=2,
+                     batch_size=8, buffer_size=6, hidden=(8,), seed=1)  # fmt: skip
+    return {"gradients": "imtl_g", "losses": rule}
+
+
 STATES = {
     **{name: CASES[name].make for name in CASES},
     "igb_v1 mid-epoch": lambda: {"gradients": "emtl", "losses": igb.IGBv1(1)},
@@ -74,6 +81,8 @@ STATES = {
     "stch": lambda: {"gradients": "equal", "losses": losses.STCH(nadir_epoch=1)},
     "famo": lambda: {"gradients": losses.FAMO()},
     "ldc_mtl": lambda: {"gradients": "imtl_g", "losses": losses.LDCMTL(TASKS)},
+    "igb_v2 in the foreground": lambda: igb_v2(background=False),
+    "igb_v2 in the background": lambda: igb_v2(background=True),
     "nash every 7": lambda: {"gradients": igb.NashMTL(update_every=7)},
 }
 WITH_STATE = [
@@ -95,6 +104,7 @@ WITH_STATE = [
     "stch",
     "famo",
     "ldc_mtl",
+    "igb_v2 in the background",
 ]
 
 

@@ -144,3 +144,16 @@ def test_bad_arguments_are_named(arguments: list[str], message: str, capsys: pyt
 def test_bad_runs_are_refused(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert train.main(["--data", "tiny", *arguments]) == 2
     assert message in " ".join(capsys.readouterr().out.split())
+
+
+def test_igb_v2_by_name(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["--data", "tiny", "--steps", "3", "--methods", "equal", "igb_v2+db_mtl", "--timing-steps", "0"]
+    assert train.main([*arguments, "--out", str(tmp_path)]) == 0
+    assert "agent acts after 5 epochs" in capsys.readouterr().out
+    assert json.loads((tmp_path / "metrics.json").read_text())["methods"]["igb_v2+db_mtl"]["complete"]
+
+
+def test_a_missing_extra_is_named(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setitem(sys.modules, "igb_kernels.agents.sac", None)
+    assert train.main(["--data", "tiny", "--methods", "igb_v2"]) == 2
+    assert 'pip install "igb-kernels[igbv2]"' in " ".join(capsys.readouterr().out.split())

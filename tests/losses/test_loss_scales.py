@@ -19,6 +19,7 @@ RULES = {
     "log with eps": {"eps": 1e-8},
     "igb_v1": {"per_task": torch.tensor([0.5, 2.0, 1.0])},
     "igb_v1, unknown base": {"per_task": torch.tensor([0.5, torch.nan, 1.0])},
+    "igb_v2": {"per_task": torch.tensor([1.0, 0.25, 1.75])},
     "imtl_l": {"per_task": torch.tensor([-1.0, 0.0, 3.0])},
     "uw": {"per_task": torch.tensor([-1.0, 0.0, 3.0])},
     "rlw": {},
@@ -69,6 +70,7 @@ def definitions(per_task, losses):
         "log with eps": lambda: 1 / (losses + 1e-8),
         "igb_v1": lambda: 3 * torch.softmax(losses / per_task.double(), dim=0) / losses,
         "igb_v1, unknown base": lambda: 1 / losses,
+        "igb_v2": lambda: per_task.double() / losses,
         "imtl_l": lambda: per_task.double().exp(),
         "uw": lambda: (-per_task.double()).exp() / 2,
         "dwa": lambda: 3 * torch.softmax(second / first / 0.5, dim=0),
@@ -201,6 +203,13 @@ def test_imtl_l_clamps_log_scales(backend, log_scale, scale):
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
 def test_imtl_l_reports_a_log_scale_that_is_not_finite(backend, value):
     scales, status = scales_of("imtl_l", torch.ones(3), backend, per_task=torch.tensor([0.0, value, 0.0]))
+    assert scales.isnan().all()
+    assert status == Status.NON_FINITE
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_igb_v2_reports_a_weight_that_is_not_finite(backend, value):
+    scales, status = scales_of("igb_v2", torch.ones(3), backend, per_task=torch.tensor([1.0, value, 1.0]))
     assert scales.isnan().all()
     assert status == Status.NON_FINITE
 

@@ -31,7 +31,8 @@ ALLOWED = {
     "_native": {"_C"},
     "backends": FOUNDATION | {"_native", "_C"},
     "ops": FOUNDATION | {"backends"},
-    "losses": OPERATIONS,
+    "agents": set(),
+    "losses": OPERATIONS | {"agents"},
     "gradients": OPERATIONS | {"losses"},  # a method names the loss balancing that is part of it
     "capture": FOUNDATION,
     "store": OPERATIONS,
