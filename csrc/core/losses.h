@@ -26,17 +26,17 @@ namespace igb {
 
 // The name in Python, and the rule.
 #define IGB_LOSS_RULES(rule) \
-  rule(none, Unscaled)       \
-  rule(log, Log)             \
-  rule(igb_v1, IgbV1)        \
-  rule(igb_v2, IgbV2)        \
-  rule(imtl_l, ImtlL)        \
-  rule(uw, Uw)               \
-  rule(rlw, Rlw)             \
-  rule(dwa, Dwa)             \
-  rule(gls, Gls)             \
-  rule(stch, Stch)           \
-  rule(famo, Famo)           \
+  rule(none, Unscaled) \
+  rule(log, Log) \
+  rule(igb_v1, IgbV1) \
+  rule(igb_v2, IgbV2) \
+  rule(imtl_l, ImtlL) \
+  rule(uw, Uw) \
+  rule(rlw, Rlw) \
+  rule(dwa, Dwa) \
+  rule(gls, Gls) \
+  rule(stch, Stch) \
+  rule(famo, Famo) \
   rule(ldc_mtl, LdcMtl)
 
 enum class LossRule : int {

@@ -34,26 +34,26 @@
 namespace igb {
 
 // The name in Python, and the solver.
-#define IGB_METHODS(method)       \
-  method(equal, Equal)            \
+#define IGB_METHODS(method) \
+  method(equal, Equal) \
   method(aligned_mtl, AlignedMtl) \
-  method(cagrad, CaGrad)          \
-  method(config, Config)          \
-  method(db_mtl, DbMtl)           \
-  method(dual_proj, DualProj)     \
-  method(emtl, Emtl)              \
-  method(excess_mtl, ExcessMtl)   \
-  method(fairgrad, FairGrad)      \
-  method(grad_drop, GradDrop)     \
-  method(grad_norm, GradNorm)     \
-  method(gradvac, Gradvac)        \
-  method(imtl_g, ImtlG)           \
-  method(mgda, Mgda)              \
-  method(moco, MoCo)              \
-  method(modo, MoDo)              \
-  method(nash_mtl, NashMtl)       \
-  method(pcgrad, Pcgrad)          \
-  method(sdm_grad, SdmGrad)       \
+  method(cagrad, CaGrad) \
+  method(config, Config) \
+  method(db_mtl, DbMtl) \
+  method(dual_proj, DualProj) \
+  method(emtl, Emtl) \
+  method(excess_mtl, ExcessMtl) \
+  method(fairgrad, FairGrad) \
+  method(grad_drop, GradDrop) \
+  method(grad_norm, GradNorm) \
+  method(gradvac, Gradvac) \
+  method(imtl_g, ImtlG) \
+  method(mgda, Mgda) \
+  method(moco, MoCo) \
+  method(modo, MoDo) \
+  method(nash_mtl, NashMtl) \
+  method(pcgrad, Pcgrad) \
+  method(sdm_grad, SdmGrad) \
   method(upgrad, UpGrad)
 
 enum class Method : int {
