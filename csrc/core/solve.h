@@ -22,6 +22,7 @@
 #include "solvers/grad_norm.h"
 #include "solvers/gradvac.h"
 #include "solvers/imtl_g.h"
+#include "solvers/metabalance.h"
 #include "solvers/mgda.h"
 #include "solvers/moco.h"
 #include "solvers/modo.h"
@@ -48,6 +49,7 @@ namespace igb {
   method(grad_norm, GradNorm) \
   method(gradvac, Gradvac) \
   method(imtl_g, ImtlG) \
+  method(metabalance, MetaBalance) \
   method(mgda, Mgda) \
   method(moco, MoCo) \
   method(modo, MoDo) \

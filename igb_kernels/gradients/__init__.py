@@ -14,6 +14,7 @@ from igb_kernels.gradients.grad_drop import GradDrop
 from igb_kernels.gradients.grad_norm import GradNorm
 from igb_kernels.gradients.gradvac import GradVac
 from igb_kernels.gradients.imtl_g import IMTLG
+from igb_kernels.gradients.metabalance import MetaBalance
 from igb_kernels.gradients.mgda import MGDA
 from igb_kernels.gradients.moco import MoCo
 from igb_kernels.gradients.modo import MoDo
@@ -38,6 +39,7 @@ METHODS: dict[str, type[GradientBalancer]] = {
         GradNorm,
         GradVac,
         IMTLG,
+        MetaBalance,
         MGDA,
         MoCo,
         MoDo,
@@ -64,6 +66,7 @@ __all__ = [
     "GradNorm",
     "GradVac",
     "GradientBalancer",
+    "MetaBalance",
     "MoCo",
     "MoDo",
     "NashMTL",

@@ -98,6 +98,7 @@ VARIANTS = [
     Variant("grad_drop", inactive_ratio=0.0, weightless=False),
     Variant("imtl_g"),
     Variant("imtl_g", {"descent_safe": 1.0}),
+    Variant("metabalance", inactive_ratio=0.0, weightless=False, symmetric=False),  # the first task is the target
     Variant("moco", {"gamma": 1e-3}, weightless=False),
     Variant("moco", {"gamma": 1e-3, "rho": 0.1, "use_softmax": 1.0}, weightless=False),
     Variant("modo", {"gamma": 1e-3}, inactive_ratio=None, weightless=False),
