@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.nn.functional import linear, softplus
+from torch.nn.functional import softplus
 
 LOG_STD_RANGE = (-20.0, 2.0)
 
@@ -70,6 +70,6 @@ class Actor:
         *hidden, mean, mean_bias, log_std, log_std_bias = self.layers
         h = state
         for weight, bias in zip(hidden[::2], hidden[1::2], strict=True):
-            h = linear(h, weight, bias).relu_()
-        std = linear(h, log_std, log_std_bias).clamp_(*LOG_STD_RANGE).exp_()
-        return weights_of(linear(h, mean, mean_bias).addcmul_(std, noise))
+            h = torch.addmv(bias, weight, h).relu_()
+        std = torch.addmv(log_std_bias, log_std, h).clamp_(*LOG_STD_RANGE).exp_()
+        return weights_of(torch.addmv(mean_bias, mean, h).addcmul_(std, noise))

@@ -48,7 +48,9 @@ class IGBv2(LossBalancer):
     In the background, updates run on a thread beside the next `update_every` steps, and are waited for before the next
     ones begin; the policy acts on what they learned from there on. So the weights never depend on which was faster, and
     `state_dict` continues bit for bit. What an update raises, the next `backward` raises. The thread ends with the
-    balancer or the program, at the latest with the update it is at; a fork waits for it.
+    balancer or the program, at the latest with the update it is at; a fork waits for it. An update takes about 6 ms
+    (10 ms with 100 tasks): beside steps of a few milliseconds, where two threads mostly wait for each other's Python,
+    `background=False` is faster.
 
     Where losses are on a GPU, the agent sees those of the step before, so that nothing has to be waited for but the end
     of that step; on the CPU it sees those of its step. Transitions are the same.
