@@ -11,8 +11,10 @@ VENV := .venv
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check
 ARGS ?=
+WORKERS ?= 2
 # Code for one GPU architecture is enough to develop and test with; "80-real;90" makes more.
 export CUDAARCHS ?= 90
+export CUDAFLAGS ?= -Werror=all-warnings
 METHOD ?=
 RESULTS ?= benchmarks/results/latest.json
 
@@ -22,7 +24,7 @@ demo: $(VENV)/demo $(if $(findstring igb_v2,$(METHOD) $(ARGS)),$(VENV)/igbv2)
 	$(PY) examples/qm9/train.py $(if $(METHOD),--methods equal $(filter-out equal,$(METHOD))) $(ARGS)
 
 test: build lint
-	$(PY) -m pytest $(ARGS)
+	$(PY) -m pytest --numprocesses $(WORKERS) --dist loadgroup $(ARGS)
 
 bench: build $(VENV)/peers
 	$(PY) -m pytest benchmarks --benchmark-enable --benchmark-columns=median,iqr,rounds --benchmark-json=$(RESULTS) $(ARGS)

@@ -19,6 +19,16 @@ hypothesis.settings.register_profile(
 )
 hypothesis.settings.load_profile("igb_kernels")
 
+BUILDERS = ("cpp", "cuda_kernels", "examples", "gpu", "project", "triton_backend")
+"""Folders whose tests share what takes long to make: one process runs each."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if (folder := item.path.parent.name) in BUILDERS:
+            item.add_marker(pytest.mark.xdist_group(folder))
+
+
 INSTRUCTION_SETS = ("avx512bf16", "avx512", "avx2", "portable")
 BACKENDS = ("cpu", "reference")
 
