@@ -23,8 +23,9 @@ RESULTS ?= benchmarks/results/latest.json
 demo: $(VENV)/demo $(if $(findstring igb_v2,$(METHOD) $(ARGS)),$(VENV)/igbv2)
 	$(PY) examples/qm9/train.py $(if $(METHOD),--methods equal $(filter-out equal,$(METHOD))) $(ARGS)
 
+# One thread for each process: more get into each other's way. The tests of threads ask for theirs.
 test: build lint
-	$(PY) -m pytest --numprocesses $(WORKERS) --dist loadgroup $(ARGS)
+	OMP_NUM_THREADS=1 $(PY) -m pytest --numprocesses $(WORKERS) --dist loadgroup $(ARGS)
 
 bench: build $(VENV)/peers
 	$(PY) -m pytest benchmarks --benchmark-enable --benchmark-columns=median,iqr,rounds --benchmark-json=$(RESULTS) $(ARGS)
