@@ -23,6 +23,7 @@ BUILDERS = ("cpp", "cuda_kernels", "examples", "gpu", "project", "triton_backend
 """Folders whose tests share what takes long to make: one process runs each."""
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the marks
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if (folder := item.path.parent.name) in BUILDERS:
