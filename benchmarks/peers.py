@@ -20,7 +20,8 @@ def solvers(method: str, gram: Tensor, losses: Tensor) -> dict[str, Solve]:
     found = {}
     if importlib.util.find_spec("torchjd") is not None and (name := TORCHJD.get(method)):
         found["torchjd"] = _torchjd(name, gram)
-    if importlib.util.find_spec("LibMTL") is not None and (name := LIBMTL.get(method)):
+    for_three_alone = method == "cagrad" and len(gram) != 3  # as LibMTL 1.1.5's has it
+    if importlib.util.find_spec("LibMTL") is not None and (name := LIBMTL.get(method)) and not for_three_alone:
         found["LibMTL"] = _libmtl(name, gram, losses)
     return found
 
