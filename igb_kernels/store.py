@@ -54,9 +54,7 @@ class TaskGradients:
             if old is not None or column is None:
                 out.append(old)
             else:
-                dtype = getattr(p, "grad_dtype", None) or p.dtype  # it may be wider than the parameter's
-                reusable = buffer is not None and buffer.dtype is dtype
-                out.append(buffer if reusable else torch.empty_like(p, dtype=dtype))
+                out.append(_room_for_grad(p, buffer))
         if all(old is None for old in previous) and all(column is not None for column in reached):
             self.backend.combine_(self.backend.Table(out, 1, table), table, weights, False)
         else:
@@ -89,6 +87,12 @@ CACHE_BYTES = 2 << 20
 def rows_in_cache(params: Sequence[Tensor]) -> int:
     """How many rows of gradients stay in a core's cache; of more parameters than that, one."""
     return max(1, CACHE_BYTES // max(1, sum(p.numel() * p.element_size() for p in params)))
+
+
+def _room_for_grad(p: Tensor, buffer: Tensor | None) -> Tensor:
+    """A tensor for the parameter's gradient: the buffer, if there is one of its dtype."""
+    dtype = getattr(p, "grad_dtype", None) or p.dtype  # it may be wider than the parameter's
+    return buffer if buffer is not None and buffer.dtype is dtype else torch.empty_like(p, dtype=dtype)
 
 
 def _wide(grad: Tensor) -> torch.dtype:
@@ -133,11 +137,8 @@ class KeptGradients(TaskGradients):
         """As `write`, but of each element only the rows of one drawn sign (`ops.sign_drop_`); returns its squared
         norm, [1] float64."""
         table = self._as_table()
-        out: Grads = []
-        for p, column in zip(self.params, table.columns, strict=True):
-            dtype = getattr(p, "grad_dtype", None) or p.dtype
-            reusable = column is not None and column.dtype is dtype
-            out.append(column if column is None or reusable else torch.empty_like(p, dtype=dtype))
+        columns = zip(self.params, table.columns, strict=True)
+        out = [None if column is None else _room_for_grad(p, column) for p, column in columns]
         sq_norm = self.backend.sign_drop_(self.backend.Table(out, 1, table), table, counter, leak)
         for p, old, grad in zip(self.params, previous, out, strict=True):
             if grad is None or not p.requires_grad:
