@@ -34,10 +34,10 @@ import igb_kernels as igb
 BETA2 = 0.99
 
 
-def new_run(method: str, args: argparse.Namespace, steps: int) -> Run:
+def new_run(method: str, args: argparse.Namespace, steps: int, tasks: Sequence[str] = data.TARGET_NAMES) -> Run:
     """The method's model, balancer and optimizer; every method starts from the same parameters."""
     torch.manual_seed(args.seed)
-    model = build_model(args.encoder, data.TARGET_NAMES).to(args.device)
+    model = build_model(args.encoder, tasks).to(args.device)
     try:
         balancer = igb.Balancer(method, shared=model.encoder.parameters(), backend=args.backend)
     except (ValueError, TypeError) as error:
