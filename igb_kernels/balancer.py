@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -26,6 +28,7 @@ from igb_kernels.ops import DTYPES, accumulator_dtype
 from igb_kernels.result import BalanceResult
 from igb_kernels.status import Status
 from igb_kernels.store import (
+    Accumulated,
     AveragedGradients,
     Grads,
     KeptGradients,
@@ -33,10 +36,40 @@ from igb_kernels.store import (
     RunningSum,
     SquaredGradients,
     TaskGradients,
+    Units,
     rows_in_cache,
 )
 
 HEADS = ("scaled", "weighted")
+
+
+@dataclass(frozen=True)
+class _Step:
+    """What the passes of a step share."""
+
+    tasks: TaskLosses
+    losses: Tensor
+    """Of all micro-batches, [K]."""
+    scales: Tensor
+    seeds: Tensor
+    """The seeds of the passes [K]: the scales, times the GradScaler's factor."""
+    units: Units
+    rows: Sequence[Grads] | None
+    """Gradients that were accumulated, of shared parameters and heads; else the passes make them."""
+    retain_graph: bool
+    shared: GradsSetAside
+    heads: GradsSetAside
+
+
+@dataclass(frozen=True)
+class _Outcome:
+    """What the passes of a step came to."""
+
+    weights: Tensor
+    status: Tensor
+    measured: Tensor | None = None
+    stored: TaskGradients | None = None
+    """What may outlive the step."""
 
 
 class Balancer:
@@ -106,17 +139,27 @@ class Balancer:
         self._tasks: int | None = None
         self._names: tuple[str, ...] | None = None
         self._averages = MovingAverages()
+        self._accumulated: Accumulated | None = None
         self._outgoing: list[Grads] | None = [] if self.shared[0].device.type == "cpu" else None
         self._head_leaves: list[Tensor] | None = None
 
     def backward(
-        self, losses: Losses, *, independent: Sequence[Losses] = (), retain_graph: bool = False
+        self,
+        losses: Losses,
+        *,
+        scaler: torch.amp.GradScaler | None = None,
+        independent: Sequence[Losses] = (),
+        retain_graph: bool = False,
     ) -> BalanceResult:
         """Computes the balanced gradients and adds them to `.grad`; replaces `sum(losses).backward()`.
 
         Args:
             losses: K scalar tensors in a list, or a dict by task name, or one 1-D tensor (best made by torch.stack);
-                on the device of the shared parameters.
+                on the device of the shared parameters. Not scaled by the scaler.
+            scaler: the GradScaler of a training with float16 autocast. The passes are run with its factor, and `.grad`
+                holds it, as after `scaler.scale(loss).backward()`; losses, norms and state are what they are without.
+                A step that overflows reaches `.grad` as NaN or infinity, so that the scaler skips it, and leaves the
+                balancer's state as it was. Gradients of learned weights get the factor, too.
             independent: for SDMGrad and MoDo, the same losses on one or two further batches. With two, the weights
                 come from these alone, and `losses` take two passes in all; with one, from it and `losses`. These passes
                 leave task-specific parameters alone.
@@ -129,30 +172,79 @@ class Balancer:
             ValueError, TypeError: for losses that cannot be balanced.
             RuntimeError: for a step that cannot be captured in a CUDA graph, while one is.
             Whatever raises, `.grad` of the shared parameters (and of the heads that the first step reached) and the
-            balancer's state stay as they were.
+            balancer's state stay as they were; only what `accumulate` has gathered is dropped where a pass raises.
         """
         tasks = self._read(losses, self._names, "losses")
         names = self._names or tasks.names
         others = [self._read(batch, names, f"independent[{i}]", len(tasks)) for i, batch in enumerate(independent)]
-        if others and (not self.gradients.crosses or len(others) > 2):
-            rule = (
-                "hold at most two batches"
-                if self.gradients.crosses
-                else f"stay empty: {self.gradients.name} needs none"
-            )
+        if others and (not self.gradients.crosses or len(others) > 2 or self._accumulated is not None):
+            rule = f"stay empty: {self.gradients.name} needs none"
+            if self.gradients.crosses:
+                rule = "hold at most two batches" if self._accumulated is None else "stay empty after accumulate()"
             raise ValueError(f"independent must {rule}; found {len(others)}")
         if captures_graph(self.shared[0].device):
             self._check_capture()
+        factor = _loss_factor(scaler, tasks.values.device)
+        with self._undone_if_it_raises():
+            self._start(tasks)
+            if self._accumulated is not None:
+                self._accumulate(tasks, factor, retain_graph)
+            result = self._step(tasks, others, factor, retain_graph)
+        self._names = self._names or tasks.names
+        self._accumulated = None
+        return result
+
+    def accumulate(
+        self, losses: Losses, *, scaler: torch.amp.GradScaler | None = None, retain_graph: bool = False
+    ) -> None:
+        """Adds a micro-batch to the next `backward`, which then balances the sums: of each task's gradients, and of its
+        losses. So one decision is made for all micro-batches, as for one big batch::
+
+            for batch in micro_batches[:-1]:
+                balancer.accumulate([loss / len(micro_batches) for loss in model.losses(batch)])
+            balancer.backward([loss / len(micro_batches) for loss in model.losses(micro_batches[-1])])
+            optimizer.step()
+
+        (`backward` for each micro-batch makes a decision for each, and adds up the balanced gradients.)
+
+        K gradients of the shared parameters, and those of the heads, are kept until then, apart from `.grad`; they are
+        not part of `state_dict`. Losses are scaled at the end, when they are known.
+
+        Args:
+            losses, scaler, retain_graph: as for `backward`; the scaler must be the same until then, without an update.
+
+        Raises:
+            ValueError, TypeError: as `backward`. Where a pass raises, what has been accumulated is dropped.
+        """
+        tasks = self._read(losses, self._names, "losses")
+        if captures_graph(self.shared[0].device):
+            raise RuntimeError("accumulate cannot be captured in a CUDA graph: gradients are kept on the host's side")
+        with self._undone_if_it_raises():
+            self._start(tasks)
+            self._accumulate(tasks, _loss_factor(scaler, tasks.values.device), retain_graph)
+        self._names = self._names or tasks.names
+
+    def _accumulate(self, tasks: TaskLosses, factor: Tensor | None, retain_graph: bool) -> None:
+        self._accumulated, so_far = None, self._accumulated or Accumulated()
+        params = [*self.shared, *self._head_params()]
+        seeds = torch.ones_like(tasks.values) if factor is None else factor.expand(len(tasks))
+        with GradsSetAside(params) as before:
+            passes = task_passes(tasks, seeds, params, retain_graph, onto=so_far.rows)
+            rows = list(passes)
+            before.put_back()
+        losses = tasks.values if so_far.losses is None else so_far.losses + tasks.values
+        self._accumulated = Accumulated(rows, losses)
+
+    @contextmanager
+    def _undone_if_it_raises(self) -> Iterator[None]:
+        """The first step makes the state; if it raises, there is none."""
         before = self.state_dict() if self._tasks is None else None
         try:
-            self._start(tasks)
-            result = self._step(tasks, others, retain_graph)
+            yield
         except BaseException:
             if before is not None:
                 self.load_state_dict(before)
             raise
-        self._names = self._names or tasks.names
-        return result
 
     def after_step(self, losses: Losses) -> None:
         """Tells the losses after the optimizer's step, on the same batch: FAMO learns from them, other rules do not.
@@ -214,156 +306,202 @@ class Balancer:
             shared = {id(p) for p in self.shared}
             self._head_leaves = [p for p in leaves(tasks) if isinstance(p, nn.Parameter) and id(p) not in shared]
 
-    def _step(self, tasks: TaskLosses, others: Sequence[TaskLosses], retain_graph: bool) -> BalanceResult:
-        scales, loss_status = self.losses.scales(tasks.values, self._run)
-        head_params = self.task_parameters or self._head_leaves or []
-        with GradsSetAside(self.shared) as shared, GradsSetAside(head_params) as heads:
-            needs = self.gradients.needs()
-            if others:
-                weights, status, measured = self._crossed_passes(tasks, scales, others, retain_graph, shared, heads)
-            elif needs is Needs.NOTHING:
-                weights, status, measured = self._joint_pass(tasks, scales, retain_graph, shared, heads)
-            elif needs is Needs.ELEMENTS:
-                weights, status, measured = self._element_passes(tasks, scales, retain_graph, shared, heads)
-            elif needs is Needs.HELD and self.heads == "weighted":
-                weights, status, measured = self._held_pass(tasks, scales, retain_graph, shared, heads)
-            else:
-                weights, status, measured = self._task_passes(tasks, scales, retain_graph, shared, heads)
-                if self.heads == "scaled":
-                    heads.add_back()
-        status = status | loss_status
-        self.losses.commit(tasks.values, scales, status)
-        self.gradients.commit(status)
-        return BalanceResult(tasks.names, tasks.values, scales, weights, status, measured)
+    def _head_params(self) -> list[Tensor]:
+        return self.task_parameters or self._head_leaves or []
 
-    def _task_passes(
-        self, tasks: TaskLosses, scales: Tensor, retain_graph: bool, shared: GradsSetAside, heads: GradsSetAside
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
+    def _step(
+        self, tasks: TaskLosses, others: Sequence[TaskLosses], factor: Tensor | None, retain_graph: bool
+    ) -> BalanceResult:
+        rows, losses = None, tasks.values
+        if self._accumulated is not None and self._accumulated.losses is not None:
+            rows, losses = self._accumulated.rows, self._accumulated.losses
+        scales, loss_status = self.losses.scales(losses, self._run)
+        seeds = scales if factor is None else scales * factor.to(scales.dtype)
+        units = _units(factor, scales, rows is not None)
+        learned = self.parameters() if factor is not None else []
+        with (
+            GradsSetAside(self.shared) as shared,
+            GradsSetAside(self._head_params()) as heads,
+            GradsSetAside(learned) as learned_grads,
+        ):
+            step = _Step(tasks, losses, scales, seeds, units, rows, retain_graph, shared, heads)
+            done = self._passes(step, others)
+            status = done.status | loss_status
+            if factor is not None:
+                status = status | self._status_of_heads()
+            if done.stored is not None:
+                done.stored.commit(status)
+            self.losses.commit(losses, scales, status)
+            self.gradients.commit(status)
+            for p in learned:
+                if p.grad is not None and factor is not None:
+                    p.grad.mul_(factor)
+            learned_grads.add_back()
+        return BalanceResult(tasks.names, losses, scales, done.weights, status, done.measured)
+
+    def _passes(self, step: _Step, others: Sequence[TaskLosses]) -> _Outcome:
+        """The passes that the method's next step needs, and `.grad` from them."""
+        needs = self.gradients.needs()
+        if others:
+            return self._crossed_passes(step, others)
+        if needs is Needs.ELEMENTS:
+            return self._element_passes(step)
+        if step.rows is None:
+            if needs is Needs.NOTHING:
+                return self._joint_pass(step)
+            if needs is Needs.HELD and self.heads == "weighted":
+                return self._held_pass(step)
+        return self._task_passes(step)
+
+    def _task_passes(self, step: _Step) -> _Outcome:
         """One pass for each task; weights from what they show; their weighted sum into `.grad`."""
-        self._check_previous(shared, heads)
-        rows, head_rows = self._rows(tasks.values), KeptGradients(self.task_parameters, self._run)
-        for grads in task_passes(tasks, scales, self.shared, retain_graph):
+        self._check_previous(step)
+        rows, head_rows = self._rows(step), self._head_rows(step)
+        for grads, head_grads in self._task_gradients(step):
             rows.add(grads)
             del grads  # a store that does not keep them frees their memory for the next pass
-            if self.task_parameters:
-                head_rows.add(take_grads(self.task_parameters, "task_parameters"))
+            if head_rows is not None:
+                head_rows.add(head_grads)
         needs = self.gradients.needs()
         if needs is Needs.EXCESS:
             measured = rows.excess()
         else:
             measured = rows.gram() if needs in (Needs.GRAM, Needs.HELD) else rows.sq_norms()
-        weights, status = self.gradients.solve(measured, tasks.values, scales, self._run)
-        rows.write(weights, shared.previous)
-        if self.task_parameters:
-            head_rows.write(weights, heads.previous)
-        rows.commit(status)
-        return weights, status, None if needs is Needs.EXCESS else measured
+        weights, status = self.gradients.solve(measured, step.losses, step.scales, self._run)
+        rows.write(weights, step.shared.previous)
+        self._write_heads(step, head_rows, weights)
+        return _Outcome(weights, status, None if needs is Needs.EXCESS else measured, rows)
 
-    def _element_passes(
-        self, tasks: TaskLosses, scales: Tensor, retain_graph: bool, shared: GradsSetAside, heads: GradsSetAside
-    ) -> tuple[Tensor, Tensor, None]:
+    def _task_gradients(self, step: _Step) -> Iterable[tuple[Grads, Grads]]:
+        """The gradients of shared parameters and, where they are kept, of heads, task by task."""
+        if step.rows is not None:
+            params = len(self.shared)
+            return [(row[:params], row[params:]) for row in step.rows]
+
+        def with_heads(grads: Grads) -> tuple[Grads, Grads]:
+            return grads, take_grads(self.task_parameters, "task_parameters") if self.task_parameters else []
+
+        # A generator's frame would hold on to a task's gradients during the next pass; a map does not.
+        return map(with_heads, task_passes(step.tasks, step.seeds, self.shared, step.retain_graph))
+
+    def _head_rows(self, step: _Step) -> KeptGradients | None:
+        """Where heads' gradients are kept for their weights or scales; None: they add up in `.grad`."""
+        if step.rows is None and self.heads == "scaled":
+            return None
+        return KeptGradients(self._head_params(), self._run, step.units)
+
+    def _write_heads(self, step: _Step, rows: KeptGradients | None, weights: Tensor) -> None:
+        if rows is None:
+            step.heads.add_back()
+        else:
+            own = weights if self.heads == "weighted" else torch.ones_like(weights)
+            rows.write(own, step.heads.previous)
+
+    def _element_passes(self, step: _Step) -> _Outcome:
         """One pass for each task; then each element of `.grad` from some of the tasks, with weights 1."""
-        check_dense(shared.previous, "shared")
-        rows = KeptGradients(self.shared, self._run, self._outgoing)
-        for grads in task_passes(tasks, scales, self.shared, retain_graph):
+        self._check_previous(step)
+        # A factor that all rows share does not change which elements are taken.
+        units = step.units if step.rows is not None else Units()
+        rows, head_rows = KeptGradients(self.shared, self._run, units, self._outgoing), self._head_rows(step)
+        for grads, head_grads in self._task_gradients(step):
             rows.add(grads)
-        sq_norm = rows.write_of_one_sign(self.gradients.counter(), self.gradients.leak(), shared.previous)
-        _, status = self.gradients.solve(sq_norm, tasks.values, scales, self._run)
-        heads.add_back()
-        rows.commit(status)
-        return torch.ones_like(scales, dtype=torch.float64), status, None
+            if head_rows is not None:
+                head_rows.add(head_grads)
+        sq_norm = rows.write_of_one_sign(self.gradients.counter(), self.gradients.leak(), step.shared.previous)
+        _, status = self.gradients.solve(sq_norm, step.losses, step.scales, self._run)
+        weights = torch.ones_like(step.scales, dtype=torch.float64)
+        self._write_heads(step, head_rows, weights)
+        return _Outcome(weights, status, stored=rows)
 
-    def _crossed_passes(
-        self,
-        tasks: TaskLosses,
-        scales: Tensor,
-        others: Sequence[TaskLosses],
-        retain_graph: bool,
-        shared: GradsSetAside,
-        heads: GradsSetAside,
-    ) -> tuple[Tensor, Tensor, None]:
-        """Weights from the inner products of two batches' gradients, all scaled as `tasks` are."""
-        self._check_previous(shared, heads)
-        K = len(tasks)
-        pair = [KeptGradients(self.shared, self._run) for _ in range(2)]
-        head_rows = KeptGradients(self.task_parameters, self._run)
+    def _crossed_passes(self, step: _Step, others: Sequence[TaskLosses]) -> _Outcome:
+        """Weights from the inner products of two batches' gradients, all scaled as the losses are."""
+        self._check_previous(step)
+        tasks, K = step.tasks, len(step.tasks)
+        pair = [KeptGradients(self.shared, self._run, step.units) for _ in range(2)]
+        head_rows = KeptGradients(self.task_parameters, self._run, step.units) if self.task_parameters else None
         for rows, batch in zip(pair, others if len(others) == 2 else (tasks, *others), strict=True):
-            for grads in task_passes(batch, scales, self.shared, retain_graph, into_params_only=batch is not tasks):
+            into_params_only = batch is not tasks
+            for grads in task_passes(
+                batch, step.seeds, self.shared, step.retain_graph, into_params_only=into_params_only
+            ):
                 rows.add(grads)
-                if batch is tasks and self.task_parameters:
+                if batch is tasks and head_rows is not None:
                     head_rows.add(take_grads(self.task_parameters, "task_parameters"))
         both = self._run.Table([*pair[0].rows, *pair[1].rows], 2 * K)
-        weights, status = self.gradients.solve(self._run.gram(both, 2 * K)[:K, K:], tasks.values, scales, self._run)
+        cross = step.units.gram(self._run.gram(both, 2 * K)[:K, K:])
+        weights, status = self.gradients.solve(cross, step.losses, step.scales, self._run)
         if len(others) == 1:
-            pair[0].write(weights, shared.previous)
-            if self.task_parameters:
-                head_rows.write(weights, heads.previous)
-            else:
-                heads.add_back()
+            pair[0].write(weights, step.shared.previous)
+            self._write_heads(step, head_rows, weights)
         else:
-            self._weighted_pass(tasks, scales, weights, retain_graph)
-            status = status | (~self._sq_norm_of_sum().isfinite().reshape(())).int()  # the bit NON_FINITE
-            shared.add_back()
-            heads.add_back()
-        return weights, status, None
+            self._weighted_pass(step, weights)
+            status = status | _bit_unless_finite(self._sq_norm_of_sum())
+            step.shared.add_back()
+            step.heads.add_back()
+        return _Outcome(weights, status)
 
-    def _weighted_pass(self, tasks: TaskLosses, scales: Tensor, weights: Tensor, retain_graph: bool) -> None:
+    def _weighted_pass(self, step: _Step, weights: Tensor) -> None:
         """The update by weights known before: one pass, and one for heads that take no weights."""
-        weighted, leaves_of_heads = scales * weights.to(scales.dtype), self._head_leaves or []
+        weighted, leaves_of_heads = step.seeds * weights.to(step.seeds.dtype), self._head_leaves or []
         if self.heads == "weighted" or not leaves_of_heads:
-            joint_pass(tasks, weighted, retain_graph)
+            joint_pass(step.tasks, weighted, step.retain_graph)
             return
-        joint_pass(tasks, weighted, True, [p for p in self.shared if p.requires_grad])
-        joint_pass(tasks, scales, retain_graph, [p for p in leaves_of_heads if p.requires_grad])
+        joint_pass(step.tasks, weighted, True, [p for p in self.shared if p.requires_grad])
+        joint_pass(step.tasks, step.seeds, step.retain_graph, [p for p in leaves_of_heads if p.requires_grad])
 
-    def _joint_pass(
-        self, tasks: TaskLosses, scales: Tensor, retain_graph: bool, shared: GradsSetAside, heads: GradsSetAside
-    ) -> tuple[Tensor, Tensor, None]:
+    def _joint_pass(self, step: _Step) -> _Outcome:
         """One pass for all tasks, with weights 1; the gradients stay where autograd puts them."""
-        joint_pass(tasks, scales, retain_graph)
-        _, status = self.gradients.solve(self._sq_norm_of_sum(), tasks.values, scales, self._run)
-        shared.add_back()
-        heads.add_back()
+        joint_pass(step.tasks, step.seeds, step.retain_graph)
+        _, status = self.gradients.solve(self._sq_norm_of_sum(), step.losses, step.scales, self._run)
+        step.shared.add_back()
+        step.heads.add_back()
         # Of the sum of the gradients it is only known whether it is finite.
-        return torch.ones_like(scales, dtype=torch.float64), status & int(Status.NON_FINITE), None
+        return _Outcome(torch.ones_like(step.scales, dtype=torch.float64), status & int(Status.NON_FINITE))
+
+    def _held_pass(self, step: _Step) -> _Outcome:
+        """One pass for all tasks, with weights that were known before it."""
+        self._check_previous(step)
+        weights, units = self.gradients.held_weights(), step.units.of_sum()
+        joint_pass(step.tasks, step.seeds * weights.to(step.seeds.dtype), step.retain_graph)
+        rows, head_rows = (KeptGradients(params, self._run, units) for params in (self.shared, self.task_parameters))
+        rows.add(take_grads(self.shared))
+        head_rows.add(take_grads(self.task_parameters, "task_parameters"))
+        factor, status = self.gradients.solve_held(rows.sq_norms(), self._run)
+        rows.write(factor, step.shared.previous)
+        head_rows.write(factor, step.heads.previous)
+        return _Outcome(weights * factor, status)
+
+    def _status_of_heads(self) -> Tensor:
+        """NON_FINITE where a head's gradient is; a GradScaler skips that step, too."""
+        grads = [p.grad for p in self._head_params()]
+        dense = [grad for grad in grads if grad is not None and grad.layout is torch.strided]
+        if not dense:
+            return torch.zeros((), dtype=torch.int32, device=self.shared[0].device)
+        return _bit_unless_finite(self._run.sq_norms(self._run.Table(dense, 1), 1))
 
     def _sq_norm_of_sum(self) -> Tensor:
         """Of what a joint pass left in `.grad` of the shared parameters, [1]."""
         total = [p.grad if p.grad is not None and p.grad.layout is torch.strided else None for p in self.shared]
         return self._run.sq_norms(self._run.Table(total, 1), 1)
 
-    def _held_pass(
-        self, tasks: TaskLosses, scales: Tensor, retain_graph: bool, shared: GradsSetAside, heads: GradsSetAside
-    ) -> tuple[Tensor, Tensor, None]:
-        """One pass for all tasks, with weights that were known before it."""
-        self._check_previous(shared, heads)
-        weights = self.gradients.held_weights()
-        joint_pass(tasks, scales * weights.to(scales.dtype), retain_graph)
-        rows, head_rows = (KeptGradients(params, self._run) for params in (self.shared, self.task_parameters))
-        rows.add(take_grads(self.shared))
-        head_rows.add(take_grads(self.task_parameters, "task_parameters"))
-        factor, status = self.gradients.solve_held(rows.sq_norms(), self._run)
-        rows.write(factor, shared.previous)
-        head_rows.write(factor, heads.previous)
-        return weights * factor, status, None
-
-    def _check_previous(self, shared: GradsSetAside, heads: GradsSetAside) -> None:
+    def _check_previous(self, step: _Step) -> None:
         """What is added to must be dense, and is looked at before anything is written."""
-        check_dense(shared.previous, "shared")
+        check_dense(step.shared.previous, "shared")
         if self.task_parameters:
-            check_dense(heads.previous, "task_parameters")
+            check_dense(step.heads.previous, "task_parameters")
 
-    def _rows(self, losses: Tensor) -> TaskGradients:
-        decay = self.gradients.ema_decay()
+    def _rows(self, step: _Step) -> TaskGradients:
+        method, run, units = self.gradients, self._run, step.units
+        decay = method.ema_decay()
         if decay is not None:
-            scales = self.gradients.row_scales()
-            return AveragedGradients(self.shared, self._run, self._averages, decay, scales, losses)
-        if self.gradients.needs() is Needs.EXCESS:
-            return SquaredGradients(self.shared, self._run, self._averages, self._outgoing)
-        if self.gradients.needs() is Needs.RUNNING_NORMS and rows_in_cache(self.shared) < len(losses):
-            method = self.gradients
-            return RunningSum(self.shared, self._run, method.running_weight, method.running_factor)
-        return KeptGradients(self.shared, self._run, self._outgoing)
+            scales = method.row_scales()
+            return AveragedGradients(self.shared, run, self._averages, decay, scales, step.losses, units)
+        if method.needs() is Needs.EXCESS:
+            return SquaredGradients(self.shared, run, self._averages, units, self._outgoing)
+        streams = method.needs() is Needs.RUNNING_NORMS and step.rows is None
+        if streams and rows_in_cache(self.shared) < len(step.tasks):
+            return RunningSum(self.shared, run, method.running_weight, method.running_factor, units)
+        return KeptGradients(self.shared, run, units, self._outgoing)
 
     def end_epoch(self) -> None:
         """Tells what counts epochs that one has ended (IGBv1 measures its base losses over one)."""
@@ -428,6 +566,27 @@ class Balancer:
             f"Balancer({self.gradients!r}, losses={self.losses!r}, shared={len(self.shared)} tensors, "
             f"heads={self.heads!r}, backend={self.backend!r})"
         )
+
+
+def _loss_factor(scaler: torch.amp.GradScaler | None, device: torch.device) -> Tensor | None:
+    """The factor of a GradScaler, float32 []; None where there is none. Nothing waits for it."""
+    if scaler is None or not scaler.is_enabled():
+        return None
+    return scaler.scale(torch.ones((), device=device))
+
+
+def _units(factor: Tensor | None, scales: Tensor, scaled_later: bool) -> Units:
+    """What rows are measured in: with the factor, and before the scales where these come later."""
+    rows = scales.double() if scaled_later else None
+    if factor is None:
+        return Units(rows)
+    factor = factor.double()
+    return Units((1 / factor).expand(len(scales)).contiguous() if rows is None else rows / factor, factor)
+
+
+def _bit_unless_finite(sq_norm: Tensor) -> Tensor:
+    """The status NON_FINITE or 0, int32 [], from a squared norm [1]."""
+    return (~sq_norm.isfinite().reshape(())).int()  # NON_FINITE is bit 0
 
 
 def _copied(state: Any, device: torch.device) -> Any:

@@ -122,12 +122,22 @@ class TaskLosses:
 
 
 def task_passes(
-    losses: TaskLosses, scales: Tensor, params: Sequence[Tensor], retain_graph: bool, *, into_params_only: bool = False
+    losses: TaskLosses,
+    scales: Tensor,
+    params: Sequence[Tensor],
+    retain_graph: bool,
+    *,
+    into_params_only: bool = False,
+    onto: Sequence[Sequence[Tensor | None]] = (),
 ) -> Iterator[list[Tensor | None]]:
-    """Runs the K backward passes and yields after each the gradients of `params`, taken from them."""
+    """Runs the K backward passes and yields after each the gradients of `params`, taken from them; `onto` are
+    gradients to which autograd adds those of each task."""
     last = len(losses) - 1
     inputs = [p for p in params if p.requires_grad] if into_params_only else None
     for k, (root, seed) in enumerate(zip(losses.roots, losses.seeds(scales), strict=True)):
+        if onto:
+            for p, grad in zip(params, onto[k], strict=True):
+                p.grad = grad
         torch.autograd.backward(root, seed, retain_graph=retain_graph or k < last, inputs=inputs)
         yield take_grads(params)
 
@@ -194,8 +204,12 @@ class GradsSetAside:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if kind is not None:
-            for p, grad in zip(self._params, self.previous, strict=True):
-                p.grad = grad
+            self.put_back()
+
+    def put_back(self) -> None:
+        """Makes `.grad` what it was."""
+        for p, grad in zip(self._params, self.previous, strict=True):
+            p.grad = grad
 
     def add_back(self) -> None:
         """Adds the new gradients to those set aside, in place where both are dense, as autograd would."""

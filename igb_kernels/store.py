@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -14,30 +15,61 @@ from igb_kernels.status import Status
 Grads = list[Tensor | None]
 
 
+@dataclass(frozen=True)
+class Units:
+    """What rows and `.grad` are measured in, where that is not the gradient of a scaled loss: with a GradScaler all of
+    them hold its factor, and rows that were accumulated over batches came before the loss scales."""
+
+    rows: Tensor | None = None
+    """Row k times this is the gradient of task k's scaled loss; float64 [K]."""
+    grad: Tensor | None = None
+    """`.grad` is this multiple of the update; float64 []."""
+
+    def sq_norms(self, of_rows: Tensor) -> Tensor:
+        """Squared norms of the gradients [K] from those of the rows."""
+        return of_rows if self.rows is None else of_rows * self.rows.square()
+
+    def gram(self, of_rows: Tensor) -> Tensor:
+        """Their Gramian [K, K]."""
+        return of_rows if self.rows is None else of_rows * self.rows * self.rows[:, None]
+
+    def in_grad(self, weights: Tensor) -> Tensor:
+        """Weights on what is measured as the update is, for the sum that goes to `.grad`."""
+        return weights if self.grad is None else weights * self.grad
+
+    def of_sum(self) -> Units:
+        """For one row in place of all of them, which share their unit."""
+        return self if self.rows is None else Units(self.rows[:1], self.grad)
+
+    def on_rows(self, weights: Tensor) -> Tensor:
+        """Weights on rows, for the sum that goes to `.grad`, from those on gradients [K]."""
+        return self.in_grad(weights if self.rows is None else weights * self.rows)
+
+
 class TaskGradients:
     """K rows of gradients, one added after each backward pass; then measured, then combined into `.grad`."""
 
-    def __init__(self, params: Sequence[Tensor], backend: Backend) -> None:
-        self.params, self.backend = params, backend
+    def __init__(self, params: Sequence[Tensor], backend: Backend, units: Units) -> None:
+        self.params, self.backend, self.units = params, backend, units
 
     def add(self, grads: Grads) -> None:
         """Takes the next task's gradients; their buffers belong to the store from here on."""
         raise NotImplementedError
 
     def sq_norms(self) -> Tensor:
-        """Squared norms of the rows, [K] float64."""
+        """Squared norms of the gradients, [K] float64."""
         raise NotImplementedError
 
     def gram(self) -> Tensor:
-        """Gramian of the rows, [K, K] float64."""
+        """Gramian of the gradients, [K, K] float64."""
         raise NotImplementedError
 
     def excess(self) -> Tensor:
-        """Σ g_k² / √(accumulated squares of row k), [K] float64."""
+        """Σ g_k² / √(accumulated squares of gradient k), [K] float64."""
         raise NotImplementedError
 
     def write(self, weights: Tensor, previous: Grads) -> None:
-        """Sets p.grad = previous + Σ_k weights_k row_k, for the parameters that some task reaches."""
+        """Sets p.grad = previous + Σ_k weights_k g_k, for the parameters that some task reaches."""
         raise NotImplementedError
 
     def commit(self, status: Tensor) -> None:
@@ -78,6 +110,16 @@ class TaskGradients:
                 torch.autograd.graph.increment_version(target)
 
 
+@dataclass(frozen=True)
+class Accumulated:
+    """What micro-batches leave for the step that balances their sums."""
+
+    rows: Sequence[Grads] = ()
+    """Each task's gradients of its unscaled losses."""
+    losses: Tensor | None = None
+    """[K]."""
+
+
 EXCESS_EPS = 1e-7
 """Added to accumulated squares under the root."""
 
@@ -102,10 +144,12 @@ def _wide(grad: Tensor) -> torch.dtype:
 class KeptGradients(TaskGradients):
     """All K rows, in the buffers that autograd made. The sum is written over the first of them: no further memory."""
 
-    def __init__(self, params: Sequence[Tensor], backend: Backend, outgoing: list[Grads] | None = None) -> None:
+    def __init__(
+        self, params: Sequence[Tensor], backend: Backend, units: Units, outgoing: list[Grads] | None = None
+    ) -> None:
         """`outgoing` are rows of the last step, let go one by one as the passes need their memory; after the step,
         this step's. Freed all at once, the C library returns it to the system, and every page faults again."""
-        super().__init__(params, backend)
+        super().__init__(params, backend, units)
         self.rows: Grads = []
         """All of them, one after the other."""
         self._tasks = 0
@@ -124,18 +168,28 @@ class KeptGradients(TaskGradients):
         return self._table
 
     def sq_norms(self) -> Tensor:
-        return self.backend.sq_norms(self._as_table(), self._tasks)
+        return self.units.sq_norms(self.backend.sq_norms(self._as_table(), self._tasks))
 
     def gram(self) -> Tensor:
-        return self.backend.gram(self._as_table(), self._tasks)
+        return self.units.gram(self.backend.gram(self._as_table(), self._tasks))
+
+    def _multiply_rows(self, factors: Tensor) -> None:
+        """Row k by factors_k, in place: where not sums of rows are asked for, but what their elements say."""
+        params = len(self.params)
+        for k, factor in enumerate(factors.unbind()):
+            present = [row for row in self.rows[k * params : (k + 1) * params] if row is not None]
+            if present:
+                torch._foreach_mul_(present, factor)
 
     def write(self, weights: Tensor, previous: Grads) -> None:
         table = self._as_table()
-        self._write(self.rows, self._tasks, table, weights, previous, buffers=table.columns)
+        self._write(self.rows, self._tasks, table, self.units.on_rows(weights), previous, buffers=table.columns)
 
     def write_of_one_sign(self, counter: Tensor, leak: Tensor | None, previous: Grads) -> Tensor:
         """As `write`, but of each element only the rows of one drawn sign (`ops.sign_drop_`); returns its squared
         norm, [1] float64."""
+        if self.units.rows is not None:
+            self._multiply_rows(self.units.on_rows(torch.ones_like(self.units.rows)))
         table = self._as_table()
         columns = zip(self.params, table.columns, strict=True)
         out = [None if column is None else _room_for_grad(p, column) for p, column in columns]
@@ -255,9 +309,10 @@ class AveragedGradients(TaskGradients):
         decay: Tensor,
         row_scales: RowScales | None,
         losses: Tensor,
+        units: Units,
     ) -> None:
         """`row_scales` gives the factors on the gradients that enter the averages."""
-        super().__init__(params, backend)
+        super().__init__(params, backend, units)
         self._averages, self._decay = averages, decay
         self._row_scales, self._losses = row_scales, losses
         self._norms: list[Tensor] = []
@@ -278,9 +333,13 @@ class AveragedGradients(TaskGradients):
         first, last = self._averaged, self._tasks
         out, old = self._averages.tables(self.backend, first, last, self._captured)
         rows = self.backend.Table(self._waiting, last - first, out)
-        scales = None
+        scales = factors = None if self.units.rows is None else self.units.rows[first:last]
         if self._row_scales is not None:
-            scales = self._row_scales(self.backend.sq_norms(rows, last - first), self._losses[first:last])
+            sq_norms = self.backend.sq_norms(rows, last - first)
+            if factors is not None:
+                sq_norms = sq_norms * factors.square()
+            scales = self._row_scales(sq_norms, self._losses[first:last])
+            scales = scales if factors is None else scales * factors
         self._norms.append(self.backend.ema_(out, old, rows, self._decay, last - first, scales))
         self._averaged, self._waiting = last, []
 
@@ -301,7 +360,8 @@ class AveragedGradients(TaskGradients):
         return self.backend.gram(self._as_table(), self._tasks)
 
     def write(self, weights: Tensor, previous: Grads) -> None:
-        self._write(self._averages.spare.flat(), self._tasks, self._as_table(), weights, previous, buffers=self._spent)
+        rows, table = self._averages.spare.flat(), self._as_table()
+        self._write(rows, self._tasks, table, self.units.in_grad(weights), previous, buffers=self._spent)
 
     def commit(self, status: Tensor) -> None:
         self._averages.commit(status, self.backend, self._captured)
@@ -311,9 +371,14 @@ class SquaredGradients(KeptGradients):
     """All K rows, and beside them the sums of their squared elements over the steps."""
 
     def __init__(
-        self, params: Sequence[Tensor], backend: Backend, squares: MovingAverages, outgoing: list[Grads] | None
+        self,
+        params: Sequence[Tensor],
+        backend: Backend,
+        squares: MovingAverages,
+        units: Units,
+        outgoing: list[Grads] | None,
     ) -> None:
-        super().__init__(params, backend, outgoing)
+        super().__init__(params, backend, units, outgoing)
         self._squares, self._captured = squares, captures_graph(params[0].device)
 
     def add(self, grads: Grads) -> None:
@@ -321,6 +386,9 @@ class SquaredGradients(KeptGradients):
         super().add(grads)
 
     def excess(self) -> Tensor:
+        if self.units.rows is not None:
+            self._multiply_rows(self.units.rows)
+            self.units = Units(grad=self.units.grad)
         out, old = self._squares.tables(self.backend, 0, self._tasks, self._captured)
         rows = self.backend.Table(self.rows, self._tasks, out)
         return self.backend.accumulate_squares_(out, old, rows, EXCESS_EPS, self._tasks)
@@ -339,17 +407,21 @@ class RunningSum(TaskGradients):
         backend: Backend,
         weight: Callable[[Tensor], Tensor],
         factor: Callable[[Tensor], Tensor],
+        units: Units,
     ) -> None:
         """`weight` is f, from a squared norm [1]; `factor` the common factor [1], from all of them [K]."""
-        super().__init__(params, backend)
+        super().__init__(params, backend, units)
         self._weight, self._factor = weight, factor
         self._sum: Grads = [None] * len(params)
         self._norms: list[Tensor] = []
 
     def add(self, grads: Grads) -> None:
-        norm = self.backend.sq_norms(self.backend.Table(grads, 1), 1)
+        norm, k = self.backend.sq_norms(self.backend.Table(grads, 1), 1), len(self._norms)
+        factor = None if self.units.rows is None else self.units.rows[k : k + 1]
+        if factor is not None:
+            norm = norm * factor.square()
         self._norms.append(norm)
-        weight = self._weight(norm)
+        weight = self._weight(norm) if factor is None else self._weight(norm) * factor
         started = [p for p, g in enumerate(grads) if g is not None and self._sum[p] is not None]
         starting = [p for p, g in enumerate(grads) if g is not None and self._sum[p] is None]
         for p in starting:
@@ -366,5 +438,5 @@ class RunningSum(TaskGradients):
         return torch.cat(self._norms)
 
     def write(self, weights: Tensor, previous: Grads) -> None:
-        table = self.backend.Table(self._sum, 1)
-        self._write(self._sum, 1, table, self._factor(self.sq_norms()), previous, buffers=self._sum)
+        table, factor = self.backend.Table(self._sum, 1), self.units.in_grad(self._factor(self.sq_norms()))
+        self._write(self._sum, 1, table, factor, previous, buffers=self._sum)
