@@ -114,10 +114,28 @@ class TaskGradients:
 class Accumulated:
     """What micro-batches leave for the step that balances their sums."""
 
-    rows: Sequence[Grads] = ()
-    """Each task's gradients of its unscaled losses."""
-    losses: Tensor | None = None
+    ids: Sequence[int]
+    """The tasks that there were, ascending."""
+    rows: Sequence[Grads]
+    """Their gradients of unscaled losses."""
+    losses: Tensor
     """[K]."""
+
+    def rows_of(self, ids: Sequence[int], params: int) -> list[Grads]:
+        """The tasks' gradients so far, also of parameters that came to be known since."""
+        known: dict[int, Grads] = dict(zip(self.ids, self.rows, strict=True))
+        return [[*(row := known.get(k, [])), *[None] * (params - len(row))] for k in ids]
+
+    def followed_by(self, batch: Accumulated) -> Accumulated:
+        """With the losses of a batch whose gradients were added to those of its tasks here."""
+        if batch.ids == self.ids:
+            return Accumulated(self.ids, batch.rows, self.losses + batch.losses)
+        ids = sorted({*self.ids, *batch.ids})
+        rows = dict(zip(ids, self.rows_of(ids, len(batch.rows[0])), strict=True))
+        losses = dict(zip(self.ids, self.losses.unbind(), strict=True))
+        for k, row, loss in zip(batch.ids, batch.rows, batch.losses.unbind(), strict=True):
+            rows[k], losses[k] = row, losses[k] + loss if k in losses else loss
+        return Accumulated(tuple(ids), list(rows.values()), torch.stack([losses[k] for k in ids]))
 
 
 EXCESS_EPS = 1e-7
@@ -208,58 +226,42 @@ class KeptGradients(TaskGradients):
             self._outgoing[:] = [self.rows[k * params : (k + 1) * params] for k in range(1, self._tasks)]
 
 
-class Bank:
-    """K rows of moving averages, None where no gradient has come yet, and their tables: the buffers stay in place."""
+class Row:
+    """The moving averages of one task, None where no gradient has come yet; a key of tables, the buffers stay."""
 
-    def __init__(self, rows: Sequence[Grads] = ()) -> None:
-        self.rows = [list(row) for row in rows]
-        self._tables: dict[tuple[int, int], Table] = {}
+    def __init__(self, averages: Grads) -> None:
+        self.averages = averages
 
-    def row(self, task: int, params: int) -> Grads:
-        if task == len(self.rows):
-            self.rows.append([None] * params)
-        return self.rows[task]
 
-    def flat(self, first: int = 0, last: int | None = None) -> Grads:
-        return [average for row in self.rows[first:last] for average in row]
-
-    def table(self, backend: Backend, first: int, last: int, captured: bool) -> Table:
-        """The table of rows first to last - 1; in a captured step one of its own, which no other uses or drops."""
-        if captured:
-            own: Table = backend.Table(self.flat(first, last), last - first)
-            return own
-        if (first, last) not in self._tables:
-            self._tables[first, last] = backend.Table(self.flat(first, last), last - first)
-        return self._tables[first, last]
-
-    def start_where(self, other: Bank) -> None:
-        """Starts with zeros the averages that only `other` has."""
-        for row, others in zip(self.rows, other.rows, strict=True):
-            for p, average in enumerate(others):
-                if average is not None and row[p] is None:
-                    row[p] = torch.zeros_like(average)
-                    self._tables.clear()
-
-    def allocate(self, task: int, p: int, like: Tensor) -> None:
-        self.rows[task][p] = torch.empty_like(like, dtype=accumulator_dtype(like.dtype))
-        self._tables.clear()
+MOST_TABLES = 64
+"""Kept from step to step; of more, as where ever other tasks are missing, none."""
 
 
 class MovingAverages:
-    """What outlives the step: the current averages, and a second set of buffers for the next ones.
+    """What outlives the step: each task's current averages, and a second set of buffers for the next ones.
 
-    A step reads `current` and writes `spare`; the two change places when it is done. So a step that raises leaves the
-    averages as they were, and one that turns out non-finite can put them back without a host sync. The replays of a
-    CUDA graph cannot change places: from the first capture on, what is in `spare` is copied instead.
+    A step reads `current` and writes `spare`; of the step's tasks, the two change places when it is done. So a step
+    that raises leaves the averages as they were, and one that turns out non-finite can put them back without a host
+    sync. The replays of a CUDA graph cannot change places: from the first capture on, what is in `spare` is copied
+    instead.
     """
 
     def __init__(self, rows: Sequence[Grads] = ()) -> None:
-        self.current, self.spare = Bank(rows), Bank()
+        self._current = [Row(list(row)) for row in rows]
+        self._spare = [Row([None] * len(row)) for row in rows]
+        self._tables: dict[tuple[Row, ...], Table] = {}
         self._captured = False
+
+    def rows(self) -> list[Grads]:
+        """The current averages."""
+        return [list(row.averages) for row in self._current]
 
     def admit(self, task: int, grads: Grads, params: Sequence[Tensor], captured: bool) -> None:
         """Makes room in `spare` for a task's gradients; raises where they do not fit what is there."""
-        current, spare = self.current.row(task, len(params)), self.spare.row(task, len(params))
+        while task >= len(self._current):
+            self._current.append(Row([None] * len(params)))
+            self._spare.append(Row([None] * len(params)))
+        current, spare = self._current[task].averages, self._spare[task].averages
         for p, (average, grad) in enumerate(zip(spare, grads, strict=True)):
             if average is not None:
                 if grad is not None and average.dtype is not grad.dtype and average.dtype is not _wide(grad):
@@ -273,24 +275,54 @@ class MovingAverages:
                         f"shared[{p}] gets its first gradient of task {task} in a captured step: take steps before "
                         "the capture that reach every parameter"
                     )
-                self.spare.allocate(task, p, params[p])
+                spare[p] = torch.empty_like(params[p], dtype=accumulator_dtype(params[p].dtype))
+                self._tables.clear()
 
-    def tables(self, backend: Backend, first: int, last: int, captured: bool) -> tuple[Table, Table]:
-        """Those of `spare` and `current`, rows first to last - 1."""
-        spare, current = (bank.table(backend, first, last, captured) for bank in (self.spare, self.current))
-        return spare, current
+    def spare_of(self, tasks: Sequence[int]) -> Grads:
+        """What the step writes for the tasks, one row after the other."""
+        return [average for k in tasks for average in self._spare[k].averages]
 
-    def commit(self, status: Tensor, backend: Backend, captured: bool) -> None:
+    def tables(self, backend: Backend, tasks: Sequence[int], captured: bool) -> tuple[Table, Table]:
+        """Those of `spare` and `current`, of the tasks."""
+        current = self._table(backend, tuple([self._current[k] for k in tasks]), captured)
+        return self.spare_table(backend, tasks, captured), current
+
+    def spare_table(self, backend: Backend, tasks: Sequence[int], captured: bool) -> Table:
+        """That of `spare`, of the tasks."""
+        return self._table(backend, tuple([self._spare[k] for k in tasks]), captured)
+
+    def _table(self, backend: Backend, rows: tuple[Row, ...], captured: bool) -> Table:
+        """In a captured step one of its own, which no other uses or drops."""
+        table = None if captured else self._tables.get(rows)
+        if table is None:
+            table = backend.Table([average for row in rows for average in row.averages], len(rows))
+            if not captured:
+                if len(self._tables) == MOST_TABLES:
+                    self._tables.clear()
+                self._tables[rows] = table
+        return table
+
+    def commit(self, tasks: Sequence[int], status: Tensor, backend: Backend, captured: bool) -> None:
         self._captured = self._captured or captured
         if self._captured:
-            self.current.start_where(self.spare)
-        spare, current = self.tables(backend, 0, len(self.spare.rows), captured)
+            self._start_where_spare(tasks)
+        spare, current = self.tables(backend, tasks, captured)
         if not self._captured:
             backend.rollback_(spare, current, status)
-            self.current, self.spare = self.spare, self.current
+            for k in tasks:
+                self._current[k], self._spare[k] = self._spare[k], self._current[k]
             return
         usable = (status & int(Status.NON_FINITE)) ^ int(Status.NON_FINITE)
         backend.rollback_(current, spare, usable)  # of a usable step, what it wrote
+
+    def _start_where_spare(self, tasks: Sequence[int]) -> None:
+        """Starts with zeros the averages that only `spare` has."""
+        for k in tasks:
+            current, spare = self._current[k].averages, self._spare[k].averages
+            for p, average in enumerate(spare):
+                if average is not None and current[p] is None:
+                    current[p] = torch.zeros_like(average)
+                    self._tables.clear()
 
 
 RowScales = Callable[[Tensor, Tensor], Tensor]
@@ -306,14 +338,15 @@ class AveragedGradients(TaskGradients):
         params: Sequence[Tensor],
         backend: Backend,
         averages: MovingAverages,
+        ids: Sequence[int],
         decay: Tensor,
         row_scales: RowScales | None,
         losses: Tensor,
         units: Units,
     ) -> None:
-        """`row_scales` gives the factors on the gradients that enter the averages."""
+        """`ids` are the tasks whose gradients come; `row_scales` gives the factors on those that enter the averages."""
         super().__init__(params, backend, units)
-        self._averages, self._decay = averages, decay
+        self._averages, self._ids, self._decay = averages, ids, decay
         self._row_scales, self._losses = row_scales, losses
         self._norms: list[Tensor] = []
         self._tasks = self._averaged = 0
@@ -323,7 +356,7 @@ class AveragedGradients(TaskGradients):
         self._captured = captures_graph(params[0].device)
 
     def add(self, grads: Grads) -> None:
-        self._averages.admit(self._tasks, grads, self.params, self._captured)
+        self._averages.admit(self._ids[self._tasks], grads, self.params, self._captured)
         self._tasks += 1
         self._waiting += grads
         if self._tasks - self._averaged >= self._most_waiting:
@@ -331,7 +364,7 @@ class AveragedGradients(TaskGradients):
 
     def _average(self) -> None:
         first, last = self._averaged, self._tasks
-        out, old = self._averages.tables(self.backend, first, last, self._captured)
+        out, old = self._averages.tables(self.backend, self._ids[first:last], self._captured)
         rows = self.backend.Table(self._waiting, last - first, out)
         scales = factors = None if self.units.rows is None else self.units.rows[first:last]
         if self._row_scales is not None:
@@ -349,7 +382,7 @@ class AveragedGradients(TaskGradients):
             self._average()
 
     def _as_table(self) -> Table:
-        return self._averages.spare.table(self.backend, 0, self._tasks, self._captured)
+        return self._averages.spare_table(self.backend, self._ids, self._captured)
 
     def sq_norms(self) -> Tensor:
         self._average_the_rest()
@@ -360,11 +393,11 @@ class AveragedGradients(TaskGradients):
         return self.backend.gram(self._as_table(), self._tasks)
 
     def write(self, weights: Tensor, previous: Grads) -> None:
-        rows, table = self._averages.spare.flat(), self._as_table()
+        rows, table = self._averages.spare_of(self._ids), self._as_table()
         self._write(rows, self._tasks, table, self.units.in_grad(weights), previous, buffers=self._spent)
 
     def commit(self, status: Tensor) -> None:
-        self._averages.commit(status, self.backend, self._captured)
+        self._averages.commit(self._ids, status, self.backend, self._captured)
 
 
 class SquaredGradients(KeptGradients):
@@ -375,27 +408,29 @@ class SquaredGradients(KeptGradients):
         params: Sequence[Tensor],
         backend: Backend,
         squares: MovingAverages,
+        ids: Sequence[int],
         units: Units,
         outgoing: list[Grads] | None,
     ) -> None:
+        """`ids` are the tasks whose gradients come."""
         super().__init__(params, backend, units, outgoing)
-        self._squares, self._captured = squares, captures_graph(params[0].device)
+        self._squares, self._ids, self._captured = squares, ids, captures_graph(params[0].device)
 
     def add(self, grads: Grads) -> None:
-        self._squares.admit(self._tasks, grads, self.params, self._captured)
+        self._squares.admit(self._ids[self._tasks], grads, self.params, self._captured)
         super().add(grads)
 
     def excess(self) -> Tensor:
         if self.units.rows is not None:
             self._multiply_rows(self.units.rows)
             self.units = Units(grad=self.units.grad)
-        out, old = self._squares.tables(self.backend, 0, self._tasks, self._captured)
+        out, old = self._squares.tables(self.backend, self._ids, self._captured)
         rows = self.backend.Table(self.rows, self._tasks, out)
         return self.backend.accumulate_squares_(out, old, rows, EXCESS_EPS, self._tasks)
 
     def commit(self, status: Tensor) -> None:
         super().commit(status)
-        self._squares.commit(status, self.backend, self._captured)
+        self._squares.commit(self._ids, status, self.backend, self._captured)
 
 
 class RunningSum(TaskGradients):

@@ -84,7 +84,7 @@ def test_golden(case, background, monkeypatch):
     for i, losses in enumerate(case.losses):
         if i == int(case.base_set_at_step):
             state = rule.state_dict()
-            state["base"].update(base=case.base_losses, sum=None)
+            state["base"].update(base=case.base_losses)
             rule.load_state_dict(state)
         torch.testing.assert_close(step(rule, losses), case.weights[i], rtol=1e-6, atol=0.0)
     found, expected = transitions(rule), case.fields["buffer"]

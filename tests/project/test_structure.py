@@ -21,13 +21,14 @@ PACKAGE = ROOT / "igb_kernels"
 CSRC = ROOT / "csrc"
 MODULES = sorted(path for path in PACKAGE.rglob("*.py"))
 
-FOUNDATION = {"_log", "_seed", "status", "card"}
+FOUNDATION = {"_log", "_seed", "status", "card", "active"}
 OPERATIONS = FOUNDATION | {"backends", "ops"}
 ALLOWED = {
     "_log": set(),
     "_seed": set(),
     "status": set(),
     "card": set(),
+    "active": set(),
     "_native": {"_C"},
     "backends": FOUNDATION | {"_native", "_C"},
     "ops": FOUNDATION | {"backends"},
