@@ -328,7 +328,9 @@ class Balancer:
             done = self._passes(step, others)
             status = done.status | loss_status
             if factor is not None:
-                status = status | self._status_of_heads()
+                of_heads = self._status_of_heads()
+                self.gradients.withdraw(of_heads != 0)
+                status = status | of_heads
             if done.stored is not None:
                 done.stored.commit(status)
             self.losses.commit(losses, scales, status)

@@ -15,7 +15,7 @@ from igb_kernels.card import Card
 from igb_kernels.gradients._reference import measure
 from igb_kernels.gradients.base import GradientBalancer, Needs, check_number
 from igb_kernels.losses.learned import check_num_tasks
-from igb_kernels.status import Status
+from igb_kernels.status import UNUSABLE, Status
 
 KNOWN, STEPS, SUMS = range(3)
 """Layout of the state: L(0) is sums / steps; behind the K sums is the parameter's gradient, K."""
@@ -146,7 +146,7 @@ class GradNorm(GradientBalancer):
             weights = self.per_task()
             assert weights is not None
             with torch.no_grad():
-                self.parameter.copy_(weights)
+                self.parameter.copy_(torch.where((status & UNUSABLE) != 0, self.parameter, weights))
         self.parameter.grad = addend if self.parameter.grad is None else self.parameter.grad.add_(addend)
 
     def end_epoch(self) -> None:
