@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from igb_kernels._log import warn_once
 from igb_kernels.backends import Backend, captures_graph, resolve
 from igb_kernels.capture import (
     GradsSetAside,
@@ -61,6 +62,9 @@ class Balancer:
     DB-MTL where a parameter gets its first gradient. The other backends solve the K×K problem on the host, and wait.
 
     All steps run on one stream, or on streams that wait for each other, as for any tensors that outlive a step.
+
+    Like an optimizer, a balancer is copied and pickled together with the model whose parameters it holds:
+    `copy.deepcopy((model, balancer))`.
 
     Args:
         gradients: a gradient-balancing method, or names: "db_mtl", "igb_v1+db_mtl" (loss balancing + gradient
@@ -394,6 +398,7 @@ class Balancer:
             "tasks": self._tasks,
             "names": self._names,
             "method": [self.losses.name, self.gradients.name],
+            "options": self._options(),
             "losses": self.losses.state_dict(),
             "gradients": self.gradients.state_dict(),
             "averages": [list(row) for row in self._averages.current.rows],
@@ -401,7 +406,7 @@ class Balancer:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restores `state_dict`'s result, from any device; the next step then has the same bits as after the step that
-        was saved.
+        was saved. Options stay this balancer's; where the state was of others, that is logged.
 
         Raises:
             ValueError: where the state is of other methods, or of other shared parameters. Nothing is changed then.
@@ -416,12 +421,21 @@ class Balancer:
             found = [None if average is None else (tuple(average.shape), average.dtype) for average in row]
             if len(found) != len(expected) or any(f not in (None, e) for f, e in zip(found, expected, strict=True)):
                 raise ValueError(f"the state's moving averages do not fit the shared parameters: {found}")
+        if (saved := state.get("options", self._options())) != self._options():
+            warn_once(f"a state of {'+'.join(saved)} was loaded into {'+'.join(self._options())}")
         state = _copied(state, self.shared[0].device)  # the caller's tensors are not ours to write to
         self.losses.load_state_dict(state["losses"])
         self.gradients.load_state_dict(state["gradients"])
         self._tasks = state["tasks"]
         self._names = None if state["names"] is None else tuple(state["names"])
         self._averages = MovingAverages(state["averages"])
+
+    def _options(self) -> list[str]:
+        return [repr(self.losses), repr(self.gradients)]
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies and pickles: all but what the next step finds or makes anew."""
+        return {**vars(self), "_head_leaves": None, "_outgoing": None if self._outgoing is None else []}
 
     def __repr__(self) -> str:
         return (

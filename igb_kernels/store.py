@@ -161,6 +161,10 @@ class Bank:
         self.rows = [list(row) for row in rows]
         self._tables: dict[tuple[int, int], Table] = {}
 
+    def __reduce__(self) -> tuple[type[Bank], tuple[list[Grads]]]:
+        """For copies and pickles: tables hold addresses, and are made anew."""
+        return Bank, (self.rows,)
+
     def row(self, task: int, params: int) -> Grads:
         if task == len(self.rows):
             self.rows.append([None] * params)
