@@ -76,6 +76,9 @@ class Balancer:
             papers do. "weighted": that of w_k s_k L_k, as the shared parameters do; needs `task_parameters`.
         task_parameters: the task-specific parameters, for `heads="weighted"`; an iterable or a module.
         backend: "auto", or a name from `igb_kernels.backends()`.
+        bank_dtype: torch.bfloat16 halves the memory of methods that keep K gradients: each that is float32 is rounded
+            after its pass (to 2^-8 of every element), and the rounded ones are measured and combined, in float32.
+            Gradients in other dtypes are kept as they come; accumulated squares stay as they are.
 
     Raises:
         ValueError, TypeError: naming the argument, the rule, and what was found.
@@ -90,6 +93,7 @@ class Balancer:
         heads: str = "scaled",
         task_parameters: Iterable[Tensor] | nn.Module | None = None,
         backend: str = "auto",
+        bank_dtype: torch.dtype | None = None,
     ) -> None:
         self.gradients, self.losses = _methods(gradients, losses)
         self.shared = _parameters("shared", shared)
@@ -105,6 +109,9 @@ class Balancer:
             raise ValueError(f"task_parameters must be on {devices[0]} like shared, found them on {devices[1]}")
         if both := {id(p) for p in self.shared} & {id(p) for p in self.task_parameters}:
             raise ValueError(f"shared and task_parameters must be disjoint, found {len(both)} tensors in both")
+        if bank_dtype not in (None, torch.bfloat16):
+            raise ValueError(f"bank_dtype must be None or torch.bfloat16, found {bank_dtype!r}")
+        self.bank_dtype = bank_dtype
         self.backend = backend
         resolve(backend, self.shared[0].device.type)  # says now what cannot be had
         self._tasks: int | None = None
@@ -213,6 +220,8 @@ class Balancer:
             self._tasks, self._names = len(tasks), tasks.names
             self.losses.start(len(tasks), tasks.values.device)
             self.gradients.start(len(tasks), self.shared[0].device)
+            if self.bank_dtype is not None and not self._keeps_gradients():
+                raise ValueError(f"bank_dtype must be None for {self.gradients!r}, which keeps no gradients")
         self._check_number(tasks)
         if self._head_leaves is None and self.heads == "scaled":
             shared = {id(p) for p in self.shared}
@@ -268,9 +277,10 @@ class Balancer:
     ) -> tuple[Tensor, Tensor, None]:
         """One pass for each task; then each element of `.grad` from some of the tasks, with weights 1."""
         check_dense(shared.previous, "shared")
-        rows = KeptGradients(self.shared, self._run, self._outgoing)
+        rows = KeptGradients(self.shared, self._run, self._outgoing, self.bank_dtype)
         for grads in task_passes(tasks, scales, self.shared, retain_graph):
             rows.add(grads)
+            del grads
         sq_norm = rows.write_of_one_sign(self.gradients.counter(), self.gradients.leak(), shared.previous)
         _, status = self.gradients.solve(sq_norm, tasks.values, scales, self._run)
         heads.add_back()
@@ -289,11 +299,12 @@ class Balancer:
         """Weights from the inner products of two batches' gradients, all scaled as `tasks` are."""
         self._check_previous(shared, heads)
         K = len(tasks)
-        pair = [KeptGradients(self.shared, self._run) for _ in range(2)]
+        pair = [KeptGradients(self.shared, self._run, dtype=self.bank_dtype) for _ in range(2)]
         head_rows = KeptGradients(self.task_parameters, self._run)
         for rows, batch in zip(pair, others if len(others) == 2 else (tasks, *others), strict=True):
             for grads in task_passes(batch, scales, self.shared, retain_graph, into_params_only=batch is not tasks):
                 rows.add(grads)
+                del grads
                 if batch is tasks and self.task_parameters:
                     head_rows.add(take_grads(self.task_parameters, "task_parameters"))
         both = self._run.Table([*pair[0].rows, *pair[1].rows], 2 * K)
@@ -363,11 +374,15 @@ class Balancer:
             scales = self.gradients.row_scales()
             return AveragedGradients(self.shared, self._run, self._averages, decay, scales, losses)
         if self.gradients.needs() is Needs.EXCESS:
-            return SquaredGradients(self.shared, self._run, self._averages, self._outgoing)
+            return SquaredGradients(self.shared, self._run, self._averages, self._outgoing, self.bank_dtype)
         if self.gradients.needs() is Needs.RUNNING_NORMS and rows_in_cache(self.shared) < len(losses):
             method = self.gradients
             return RunningSum(self.shared, self._run, method.running_weight, method.running_factor)
-        return KeptGradients(self.shared, self._run, self._outgoing)
+        return KeptGradients(self.shared, self._run, self._outgoing, self.bank_dtype)
+
+    def _keeps_gradients(self) -> bool:
+        """Whether steps keep K gradients, whatever the parameters' size."""
+        return self.gradients.ema_decay() is None and self.gradients.needs() not in (Needs.NOTHING, Needs.RUNNING_NORMS)
 
     def end_epoch(self) -> None:
         """Tells what counts epochs that one has ended (IGBv1 measures its base losses over one)."""
