@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from igb_kernels._log import warn_once
 from igb_kernels.backends import Backend, captures_graph, resolve
 from igb_kernels.capture import (
     GradsSetAside,
@@ -95,6 +96,9 @@ class Balancer:
 
     All steps run on one stream, or on streams that wait for each other, as for any tensors that outlive a step.
 
+    Like an optimizer, a balancer is copied and pickled together with the model whose parameters it holds:
+    `copy.deepcopy((model, balancer))`.
+
     Args:
         gradients: a gradient-balancing method, or names: "db_mtl", "igb_v1+db_mtl" (loss balancing + gradient
             balancing), or a loss-balancing rule alone ("igb_v1": equal weights on its scaled losses).
@@ -105,6 +109,9 @@ class Balancer:
             papers do. "weighted": that of w_k s_k L_k, as the shared parameters do; needs `task_parameters`.
         task_parameters: the task-specific parameters, for `heads="weighted"`; an iterable or a module.
         backend: "auto", or a name from `igb_kernels.backends()`.
+        bank_dtype: torch.bfloat16 halves the memory of methods that keep K gradients: each that is float32 is rounded
+            after its pass (to 2^-8 of every element), and the rounded ones are measured and combined, in float32.
+            Gradients in other dtypes are kept as they come; accumulated squares stay as they are.
 
     Raises:
         ValueError, TypeError: naming the argument, the rule, and what was found.
@@ -119,6 +126,7 @@ class Balancer:
         heads: str = "scaled",
         task_parameters: Iterable[Tensor] | nn.Module | None = None,
         backend: str = "auto",
+        bank_dtype: torch.dtype | None = None,
     ) -> None:
         self.gradients, self.losses = _methods(gradients, losses)
         self.shared = _parameters("shared", shared)
@@ -134,6 +142,9 @@ class Balancer:
             raise ValueError(f"task_parameters must be on {devices[0]} like shared, found them on {devices[1]}")
         if both := {id(p) for p in self.shared} & {id(p) for p in self.task_parameters}:
             raise ValueError(f"shared and task_parameters must be disjoint, found {len(both)} tensors in both")
+        if bank_dtype not in (None, torch.bfloat16):
+            raise ValueError(f"bank_dtype must be None or torch.bfloat16, found {bank_dtype!r}")
+        self.bank_dtype = bank_dtype
         self.backend = backend
         resolve(backend, self.shared[0].device.type)  # says now what cannot be had
         self._tasks: int | None = None
@@ -301,6 +312,8 @@ class Balancer:
             self._tasks, self._names = len(tasks), tasks.names
             self.losses.start(len(tasks), tasks.values.device)
             self.gradients.start(len(tasks), self.shared[0].device)
+            if self.bank_dtype is not None and not self._keeps_gradients():
+                raise ValueError(f"bank_dtype must be None for {self.gradients!r}, which keeps no gradients")
         self._check_number(tasks)
         if self._head_leaves is None and self.heads == "scaled":
             shared = {id(p) for p in self.shared}
@@ -404,9 +417,11 @@ class Balancer:
         self._check_previous(step)
         # A factor that all rows share does not change which elements are taken.
         units = step.units if step.rows is not None else Units()
-        rows, head_rows = KeptGradients(self.shared, self._run, units, self._outgoing), self._head_rows(step)
+        rows = KeptGradients(self.shared, self._run, units, self._outgoing, self.bank_dtype)
+        head_rows = self._head_rows(step)
         for grads, head_grads in self._task_gradients(step):
             rows.add(grads)
+            del grads
             if head_rows is not None:
                 head_rows.add(head_grads)
         sq_norm = rows.write_of_one_sign(self.gradients.counter(), self.gradients.leak(), step.shared.previous)
@@ -419,7 +434,7 @@ class Balancer:
         """Weights from the inner products of two batches' gradients, all scaled as the losses are."""
         self._check_previous(step)
         tasks, K = step.tasks, len(step.tasks)
-        pair = [KeptGradients(self.shared, self._run, step.units) for _ in range(2)]
+        pair = [KeptGradients(self.shared, self._run, step.units, dtype=self.bank_dtype) for _ in range(2)]
         head_rows = KeptGradients(self.task_parameters, self._run, step.units) if self.task_parameters else None
         for rows, batch in zip(pair, others if len(others) == 2 else (tasks, *others), strict=True):
             into_params_only = batch is not tasks
@@ -427,6 +442,7 @@ class Balancer:
                 batch, step.seeds, self.shared, step.retain_graph, into_params_only=into_params_only
             ):
                 rows.add(grads)
+                del grads
                 if batch is tasks and head_rows is not None:
                     head_rows.add(take_grads(self.task_parameters, "task_parameters"))
         both = self._run.Table([*pair[0].rows, *pair[1].rows], 2 * K)
@@ -499,11 +515,15 @@ class Balancer:
             scales = method.row_scales()
             return AveragedGradients(self.shared, run, self._averages, decay, scales, step.losses, units)
         if method.needs() is Needs.EXCESS:
-            return SquaredGradients(self.shared, run, self._averages, units, self._outgoing)
+            return SquaredGradients(self.shared, run, self._averages, units, self._outgoing, self.bank_dtype)
         streams = method.needs() is Needs.RUNNING_NORMS and step.rows is None
         if streams and rows_in_cache(self.shared) < len(step.tasks):
             return RunningSum(self.shared, run, method.running_weight, method.running_factor, units)
-        return KeptGradients(self.shared, run, units, self._outgoing)
+        return KeptGradients(self.shared, run, units, self._outgoing, self.bank_dtype)
+
+    def _keeps_gradients(self) -> bool:
+        """Whether steps keep K gradients, whatever the parameters' size."""
+        return self.gradients.ema_decay() is None and self.gradients.needs() not in (Needs.NOTHING, Needs.RUNNING_NORMS)
 
     def end_epoch(self) -> None:
         """Tells what counts epochs that one has ended (IGBv1 measures its base losses over one)."""
@@ -534,6 +554,7 @@ class Balancer:
             "tasks": self._tasks,
             "names": self._names,
             "method": [self.losses.name, self.gradients.name],
+            "options": self._options(),
             "losses": self.losses.state_dict(),
             "gradients": self.gradients.state_dict(),
             "averages": [list(row) for row in self._averages.current.rows],
@@ -541,7 +562,7 @@ class Balancer:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restores `state_dict`'s result, from any device; the next step then has the same bits as after the step that
-        was saved.
+        was saved. Options stay this balancer's; where the state was of others, that is logged.
 
         Raises:
             ValueError: where the state is of other methods, or of other shared parameters. Nothing is changed then.
@@ -556,12 +577,21 @@ class Balancer:
             found = [None if average is None else (tuple(average.shape), average.dtype) for average in row]
             if len(found) != len(expected) or any(f not in (None, e) for f, e in zip(found, expected, strict=True)):
                 raise ValueError(f"the state's moving averages do not fit the shared parameters: {found}")
+        if (saved := state.get("options", self._options())) != self._options():
+            warn_once(f"a state of {'+'.join(saved)} was loaded into {'+'.join(self._options())}")
         state = _copied(state, self.shared[0].device)  # the caller's tensors are not ours to write to
         self.losses.load_state_dict(state["losses"])
         self.gradients.load_state_dict(state["gradients"])
         self._tasks = state["tasks"]
         self._names = None if state["names"] is None else tuple(state["names"])
         self._averages = MovingAverages(state["averages"])
+
+    def _options(self) -> list[str]:
+        return [repr(self.losses), repr(self.gradients)]
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies and pickles: all but what the next step finds or makes anew."""
+        return {**vars(self), "_head_leaves": None, "_outgoing": None if self._outgoing is None else []}
 
     def __repr__(self) -> str:
         return (
