@@ -142,23 +142,30 @@ def joint_pass(losses: TaskLosses, scales: Tensor, retain_graph: bool, inputs: S
 
 
 def take_grads(params: Sequence[Tensor], argument: str = "shared") -> list[Tensor | None]:
-    """The parameters' gradients, which they lose."""
-    grads = [p.grad for p in params]
-    check_dense(grads, argument)
+    """The parameters' gradients, as plain memory; they lose them."""
+    grads = in_plain_memory([p.grad for p in params], argument)
     for p, grad in zip(params, grads, strict=True):
         if grad is not None:
             p.grad = None
     return grads
 
 
-def check_dense(grads: Sequence[Tensor | None], argument: str) -> None:
-    """Raises ValueError for the first gradient that is sparse; `argument` names the parameters."""
+def in_plain_memory(grads: Sequence[Tensor | None], argument: str) -> list[Tensor | None]:
+    """The gradients, with a copy of each that is more than numbers at an address: sparse ones, and those that PyTorch
+    is yet to conjugate or negate. `argument` names the parameters."""
+    plain = list(grads)
     for i, grad in enumerate(grads):
-        if grad is not None and grad.layout is not torch.strided:
-            raise ValueError(
-                f"{argument}[{i}], of shape {tuple(grad.shape)}, must have dense gradients, found a sparse one "
-                f"({grad.layout}): use sparse=False in its embedding"
+        if grad is None:
+            continue
+        if grad.layout is not torch.strided:
+            warn_once(
+                f"{argument}[{i}], of shape {tuple(grad.shape)}, has sparse gradients: a task's gradients are compared "
+                "and summed whole, so each is made dense, at the cost of memory and time for all rows, and so is .grad"
             )
+            plain[i] = grad.to_dense()
+        elif grad.is_neg() or grad.is_conj():
+            plain[i] = grad.resolve_neg().resolve_conj()
+    return plain
 
 
 def leaves(losses: TaskLosses) -> list[Tensor]:
@@ -184,8 +191,9 @@ class GradsSetAside:
         self._params = params
 
     def __enter__(self) -> GradsSetAside:
-        self.previous = [p.grad for p in self._params]
-        for p, grad in zip(self._params, self.previous, strict=True):
+        self._found = [p.grad for p in self._params]
+        self.previous = self._found
+        for p, grad in zip(self._params, self._found, strict=True):
             if grad is not None:
                 p.grad = None
         return self
@@ -194,8 +202,12 @@ class GradsSetAside:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if kind is not None:
-            for p, grad in zip(self._params, self.previous, strict=True):
+            for p, grad in zip(self._params, self._found, strict=True):
                 p.grad = grad
+
+    def make_plain(self, argument: str) -> None:
+        """Puts `previous` in plain memory, where it is to be written to."""
+        self.previous = in_plain_memory(self._found, argument)
 
     def add_back(self) -> None:
         """Adds the new gradients to those set aside, in place where both are dense, as autograd would."""
