@@ -127,13 +127,15 @@ def task_passes(
     """Runs the K backward passes and yields after each the gradients of `params`, taken from them."""
     last = len(losses) - 1
     inputs = [p for p in params if p.requires_grad] if into_params_only else None
-    for k, (root, seed) in enumerate(zip(losses.roots, losses.seeds(scales), strict=True)):
+    seeds = losses.seeds(scales.clone())  # a gradient can be a view of its pass's seed, and may be written over
+    for k, (root, seed) in enumerate(zip(losses.roots, seeds, strict=True)):
         torch.autograd.backward(root, seed, retain_graph=retain_graph or k < last, inputs=inputs)
         yield take_grads(params)
 
 
 def joint_pass(losses: TaskLosses, scales: Tensor, retain_graph: bool, inputs: Sequence[Tensor] | None = None) -> None:
     """One backward pass of Σ_k scales_k L_k, into `inputs` alone if given; gradients stay where autograd puts them."""
+    scales = scales.clone()  # a gradient can be a view of its pass's seed
     if losses._whole is not None:
         torch.autograd.backward(losses._whole, scales, retain_graph=retain_graph, inputs=inputs)
     else:

@@ -301,6 +301,22 @@ def gradients_that_alias() -> Situation:
     return Situation([a, b, c, d], losses)
 
 
+def gradients_that_share_memory() -> Situation:
+    """Views of one gradient, for two parameters whole and for two in parts; and views of a pass's seed."""
+    a, b, c, d = parameter(4, 4), parameter(2, 8, seed=1), parameter(6, seed=2), parameter(10, seed=3)
+    e, f, unlike = parameter(1, seed=4), parameter(1, seed=5), parameter(4, 4, seed=6)
+
+    def losses(step: int) -> list[Tensor]:
+        x = data(TASKS, 16, step=step)
+        y = a.flatten() + b.flatten() + torch.cat([c, d]).view(4, 4).flatten()
+        return [
+            (y * x[k]).sum() + (unlike * x[k].view(4, 4)).sin().sum() + e.squeeze() + f.squeeze() + 50
+            for k in range(TASKS)
+        ]
+
+    return Situation([a, unlike, b, c, e, d, f], losses)
+
+
 def gradients_in_other_layouts() -> Situation:
     a, b = parameter(4, 4), nn.Parameter(data(4, 4, step=3).t())
 
@@ -334,6 +350,7 @@ SITUATIONS: dict[str, Callable[[], Situation]] = {
     "reentrant checkpoint, heads too": checkpointed(use_reentrant=True, heads=True),
     "scratch memory reused": scratch_reused,
     "gradients that alias": gradients_that_alias,
+    "gradients that share memory": gradients_that_share_memory,
     "gradients in other layouts": gradients_in_other_layouts,
 }
 
@@ -558,3 +575,17 @@ def test_reentrant_checkpoints_and_independent_batches():
     before.check()
     s = checkpointed(use_reentrant=False)()
     igb.Balancer("sdm_grad", shared=s.shared).backward(s.losses(0), independent=[s.losses(1), s.losses(2)])
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_gradients_are_not_views_of_the_scales(method):
+    """PyTorch makes the gradient of `p.squeeze()` a view of the loss's own, where p has one element."""
+    p, q = parameter(1), parameter(1, seed=1)
+    result = igb.Balancer(**METHODS[method](), shared=[p]).backward(
+        [p.squeeze() + (k + 1) * q.square().sum() + 9 for k in range(TASKS)]
+    )
+    before = result.scales.clone()
+    with torch.no_grad():
+        for grad in (p.grad, q.grad):
+            grad.zero_()
+    assert torch.equal(result.scales, before)
