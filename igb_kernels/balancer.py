@@ -16,7 +16,6 @@ from igb_kernels.capture import (
     GradsSetAside,
     Losses,
     TaskLosses,
-    check_dense,
     joint_pass,
     leaves,
     take_grads,
@@ -25,7 +24,7 @@ from igb_kernels.capture import (
 from igb_kernels.gradients import METHODS, Equal, GradientBalancer
 from igb_kernels.gradients.base import Needs
 from igb_kernels.losses import RULES, LearnedLossBalancer, LossBalancer
-from igb_kernels.ops import DTYPES, accumulator_dtype
+from igb_kernels.ops import COMPLEX_DTYPES, DTYPES, accumulator_dtype
 from igb_kernels.result import BalanceResult
 from igb_kernels.status import Status
 from igb_kernels.store import (
@@ -104,7 +103,9 @@ class Balancer:
             balancing), or a loss-balancing rule alone ("igb_v1": equal weights on its scaled losses).
         losses: a loss-balancing rule or its name; by default the one that is part of the method (DB-MTL: log), else
             none. "none" turns it off.
-        shared: the shared parameters: an iterable of leaf tensors that require grad, or a module.
+        shared: the shared parameters: an iterable of leaf tensors that require grad, or a module. A parameter that is
+            frozen gets nothing until it is thawed. Complex ones count as their real and imaginary parts, so inner
+            products are Re <g_i, g_j>. Sparse gradients are made dense, except with Equal, which compares none.
         heads: what task-specific parameters get. "scaled": the gradient of their own scaled loss s_k L_k, as the
             papers do. "weighted": that of w_k s_k L_k, as the shared parameters do; needs `task_parameters`.
         task_parameters: the task-specific parameters, for `heads="weighted"`; an iterable or a module.
@@ -370,7 +371,7 @@ class Balancer:
 
     def _task_passes(self, step: _Step) -> _Outcome:
         """One pass for each task; weights from what they show; their weighted sum into `.grad`."""
-        self._check_previous(step)
+        self._make_previous_plain(step)
         rows, head_rows = self._rows(step), self._head_rows(step)
         for grads, head_grads in self._task_gradients(step):
             rows.add(grads)
@@ -414,7 +415,7 @@ class Balancer:
 
     def _element_passes(self, step: _Step) -> _Outcome:
         """One pass for each task; then each element of `.grad` from some of the tasks, with weights 1."""
-        self._check_previous(step)
+        self._make_previous_plain(step)
         # A factor that all rows share does not change which elements are taken.
         units = step.units if step.rows is not None else Units()
         rows = KeptGradients(self.shared, self._run, units, self._outgoing, self.bank_dtype)
@@ -432,7 +433,7 @@ class Balancer:
 
     def _crossed_passes(self, step: _Step, others: Sequence[TaskLosses]) -> _Outcome:
         """Weights from the inner products of two batches' gradients, all scaled as the losses are."""
-        self._check_previous(step)
+        self._make_previous_plain(step)
         tasks, K = step.tasks, len(step.tasks)
         pair = [KeptGradients(self.shared, self._run, step.units, dtype=self.bank_dtype) for _ in range(2)]
         head_rows = KeptGradients(self.task_parameters, self._run, step.units) if self.task_parameters else None
@@ -478,7 +479,7 @@ class Balancer:
 
     def _held_pass(self, step: _Step) -> _Outcome:
         """One pass for all tasks, with weights that were known before it."""
-        self._check_previous(step)
+        self._make_previous_plain(step)
         weights, units = self.gradients.held_weights(), step.units.of_sum()
         joint_pass(step.tasks, step.seeds * weights.to(step.seeds.dtype), step.retain_graph)
         rows, head_rows = (KeptGradients(params, self._run, units) for params in (self.shared, self.task_parameters))
@@ -499,14 +500,14 @@ class Balancer:
 
     def _sq_norm_of_sum(self) -> Tensor:
         """Of what a joint pass left in `.grad` of the shared parameters, [1]."""
-        total = [p.grad if p.grad is not None and p.grad.layout is torch.strided else None for p in self.shared]
+        total = [g if g is None or g.layout is torch.strided else g._values() for g in (p.grad for p in self.shared)]
         return self._run.sq_norms(self._run.Table(total, 1), 1)
 
-    def _check_previous(self, step: _Step) -> None:
-        """What is added to must be dense, and is looked at before anything is written."""
-        check_dense(step.shared.previous, "shared")
+    def _make_previous_plain(self, step: _Step) -> None:
+        """What is added to, as memory that can be written to."""
+        step.shared.make_plain("shared")
         if self.task_parameters:
-            check_dense(step.heads.previous, "task_parameters")
+            step.heads.make_plain("task_parameters")
 
     def _rows(self, step: _Step) -> TaskGradients:
         method, run, units = self.gradients, self._run, step.units
@@ -678,9 +679,10 @@ def _rule(name: str) -> LossBalancer:
 
 
 def _parameters(argument: str, given: Iterable[Tensor] | nn.Module) -> list[Tensor]:
-    """The tensors to balance, checked."""
-    if isinstance(given, nn.Module):
-        given = given.parameters()
+    """The tensors to balance, checked. Frozen parameters are among them, since they may be thawed later."""
+    known = DTYPES + COMPLEX_DTYPES
+    if isinstance(given, nn.Module):  # what is frozen for good may have a quantised dtype
+        given = [p for p in given.parameters() if p.requires_grad or p.dtype in known]
     if not isinstance(given, Iterable):
         raise TypeError(f"{argument} must be an iterable of tensors or a module, found {type(given).__name__}")
     params = list(given)
@@ -692,13 +694,15 @@ def _parameters(argument: str, given: Iterable[Tensor] | nn.Module) -> list[Tens
             raise TypeError(f"{argument}[{i}] must be a tensor, found {type(p).__name__}")
         if not p.is_leaf:
             raise ValueError(f"{argument}[{i}] must be a leaf tensor, found the result of {p.grad_fn}")
-        if not p.requires_grad:
+        if not (p.requires_grad or isinstance(p, nn.Parameter)):
             raise ValueError(f"{argument}[{i}], of shape {tuple(p.shape)}, must require grad")
-        if p.dtype not in DTYPES:
-            raise TypeError(f"{argument}[{i}] must have one of the dtypes {DTYPES}, found {p.dtype}")
+        if p.dtype not in known:
+            raise TypeError(f"{argument}[{i}] must have one of the dtypes {known}, found {p.dtype}")
         if p.device != params[0].device:
             raise ValueError(f"{argument}[{i}] must be on {params[0].device} like {argument}[0], found {p.device}")
         if id(p) in first:
             raise ValueError(f"{argument}[{i}] is the same tensor as {argument}[{first[id(p)]}]")
         first[id(p)] = i
+    if not any(p.requires_grad for p in params):
+        raise ValueError(f"{argument} must hold at least one parameter that requires grad, found {len(params)} frozen")
     return params
