@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from igb_kernels._compile import keep_saved_tensors, uncompiled
 from igb_kernels.backends import Backend, captures_graph, resolve
 from igb_kernels.capture import (
     GradsSetAside,
@@ -59,6 +60,10 @@ class Balancer:
     capturing it raises: with NashMTL's `update_every` above 1, and with IGBv1 until its base losses are known; so does
     DB-MTL where a parameter gets its first gradient. The other backends solve the K×K problem on the host, and wait.
 
+    Models, heads and losses may be compiled, and so may be the function that calls `backward`, which breaks its graph.
+    Since K passes go through one graph, a new balancer sets `torch._functorch.config.donated_buffer = False`, unless
+    something has been compiled before.
+
     All steps run on one stream, or on streams that wait for each other, as for any tensors that outlive a step.
 
     Args:
@@ -103,6 +108,7 @@ class Balancer:
         if both := {id(p) for p in self.shared} & {id(p) for p in self.task_parameters}:
             raise ValueError(f"shared and task_parameters must be disjoint, found {len(both)} tensors in both")
         self.backend = backend
+        keep_saved_tensors()  # whatever the method: compiled code outlives the balancer
         resolve(backend, self.shared[0].device.type)  # says now what cannot be had
         self._tasks: int | None = None
         self._names: tuple[str, ...] | None = None
@@ -110,6 +116,7 @@ class Balancer:
         self._outgoing: list[Grads] | None = [] if self.shared[0].device.type == "cpu" else None
         self._head_leaves: list[Tensor] | None = None
 
+    @uncompiled
     def backward(
         self, losses: Losses, *, independent: Sequence[Losses] = (), retain_graph: bool = False
     ) -> BalanceResult:
@@ -155,6 +162,7 @@ class Balancer:
         self._names = self._names or tasks.names
         return result
 
+    @uncompiled
     def after_step(self, losses: Losses) -> None:
         """Tells the losses after the optimizer's step, on the same batch: FAMO learns from them, other rules do not.
 
