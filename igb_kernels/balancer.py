@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from igb_kernels._compile import keep_saved_tensors, uncompiled
 from igb_kernels._log import warn_once
 from igb_kernels.backends import Backend, captures_graph, resolve
 from igb_kernels.capture import (
@@ -93,6 +94,10 @@ class Balancer:
     capturing it raises: with NashMTL's `update_every` above 1, and with IGBv1 until its base losses are known; so does
     DB-MTL where a parameter gets its first gradient. The other backends solve the K×K problem on the host, and wait.
 
+    Models, heads and losses may be compiled, and so may be the function that calls `backward`, which breaks its graph.
+    Since K passes go through one graph, a new balancer sets `torch._functorch.config.donated_buffer = False`, unless
+    something has been compiled before.
+
     All steps run on one stream, or on streams that wait for each other, as for any tensors that outlive a step.
 
     Like an optimizer, a balancer is copied and pickled together with the model whose parameters it holds:
@@ -147,6 +152,7 @@ class Balancer:
             raise ValueError(f"bank_dtype must be None or torch.bfloat16, found {bank_dtype!r}")
         self.bank_dtype = bank_dtype
         self.backend = backend
+        keep_saved_tensors()  # whatever the method: compiled code outlives the balancer
         resolve(backend, self.shared[0].device.type)  # says now what cannot be had
         self._tasks: int | None = None
         self._names: tuple[str, ...] | None = None
@@ -155,6 +161,7 @@ class Balancer:
         self._outgoing: list[Grads] | None = [] if self.shared[0].device.type == "cpu" else None
         self._head_leaves: list[Tensor] | None = None
 
+    @uncompiled
     def backward(
         self,
         losses: Losses,
@@ -206,6 +213,7 @@ class Balancer:
         self._accumulated = None
         return result
 
+    @uncompiled
     def accumulate(
         self, losses: Losses, *, scaler: torch.amp.GradScaler | None = None, retain_graph: bool = False
     ) -> None:
@@ -258,6 +266,7 @@ class Balancer:
                 self.load_state_dict(before)
             raise
 
+    @uncompiled
     def after_step(self, losses: Losses) -> None:
         """Tells the losses after the optimizer's step, on the same batch: FAMO learns from them, other rules do not.
 

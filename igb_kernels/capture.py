@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node
 
+from igb_kernels._compile import REMEDY, is_about_donated_buffers
 from igb_kernels._log import warn_once
 
 Losses = Sequence[Tensor] | Mapping[str, Tensor] | Tensor
@@ -139,7 +140,7 @@ def task_passes(
         if onto:
             for p, grad in zip(params, onto[k], strict=True):
                 p.grad = grad
-        torch.autograd.backward(root, seed, retain_graph=retain_graph or k < last, inputs=inputs)
+        _backward(root, seed, retain_graph or k < last, inputs)
         yield take_grads(params)
 
 
@@ -147,10 +148,24 @@ def joint_pass(losses: TaskLosses, scales: Tensor, retain_graph: bool, inputs: S
     """One backward pass of Σ_k scales_k L_k, into `inputs` alone if given; gradients stay where autograd puts them."""
     scales = scales.clone()  # a gradient can be a view of its pass's seed
     if losses._whole is not None:
-        torch.autograd.backward(losses._whole, scales, retain_graph=retain_graph, inputs=inputs)
+        _backward(losses._whole, scales, retain_graph, inputs)
     else:
         roots = cast(Sequence[Tensor], losses.roots)  # the stub knows no mixture
-        torch.autograd.backward(roots, losses.seeds(scales), retain_graph=retain_graph, inputs=inputs)
+        _backward(roots, losses.seeds(scales), retain_graph, inputs)
+
+
+def _backward(
+    roots: Tensor | GradientEdge | Sequence[Tensor],
+    seeds: Tensor | Sequence[Tensor],
+    retain_graph: bool,
+    inputs: Sequence[Tensor] | None,
+) -> None:
+    try:
+        torch.autograd.backward(roots, seeds, retain_graph=retain_graph, inputs=inputs)
+    except RuntimeError as error:
+        if is_about_donated_buffers(error):
+            raise RuntimeError(REMEDY) from error
+        raise
 
 
 def take_grads(params: Sequence[Tensor], argument: str = "shared") -> list[Tensor | None]:
