@@ -10,13 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from igb_kernels._compile import keep_saved_tensors, uncompiled
+from igb_kernels._log import warn_once
 from igb_kernels.active import ActiveTasks
 from igb_kernels.backends import Backend, captures_graph, resolve
 from igb_kernels.capture import (
     GradsSetAside,
     Losses,
     TaskLosses,
-    check_dense,
     joint_pass,
     leaves,
     take_grads,
@@ -25,7 +26,7 @@ from igb_kernels.capture import (
 from igb_kernels.gradients import METHODS, Equal, GradientBalancer
 from igb_kernels.gradients.base import Needs
 from igb_kernels.losses import RULES, LearnedLossBalancer, LossBalancer
-from igb_kernels.ops import DTYPES, accumulator_dtype
+from igb_kernels.ops import COMPLEX_DTYPES, DTYPES, accumulator_dtype
 from igb_kernels.result import BalanceResult
 from igb_kernels.status import Status
 from igb_kernels.store import (
@@ -98,19 +99,31 @@ class Balancer:
     capturing it raises: with NashMTL's `update_every` above 1, and with IGBv1(steps=n) before n steps; so does
     DB-MTL where a parameter gets its first gradient. The other backends solve the K×K problem on the host, and wait.
 
+    Models, heads and losses may be compiled, and so may be the function that calls `backward`, which breaks its graph.
+    Since K passes go through one graph, a new balancer sets `torch._functorch.config.donated_buffer = False`, unless
+    something has been compiled before.
+
     All steps run on one stream, or on streams that wait for each other, as for any tensors that outlive a step.
+
+    Like an optimizer, a balancer is copied and pickled together with the model whose parameters it holds:
+    `copy.deepcopy((model, balancer))`.
 
     Args:
         gradients: a gradient-balancing method, or names: "db_mtl", "igb_v1+db_mtl" (loss balancing + gradient
             balancing), or a loss-balancing rule alone ("igb_v1": equal weights on its scaled losses).
         losses: a loss-balancing rule or its name; by default the one that is part of the method (DB-MTL: log), else
             none. "none" turns it off.
-        shared: the shared parameters: an iterable of leaf tensors that require grad, or a module.
+        shared: the shared parameters: an iterable of leaf tensors that require grad, or a module. A parameter that is
+            frozen gets nothing until it is thawed. Complex ones count as their real and imaginary parts, so inner
+            products are Re <g_i, g_j>. Sparse gradients are made dense, except with Equal, which compares none.
         heads: what task-specific parameters get. "scaled": the gradient of their own scaled loss s_k L_k, as the
             papers do. "weighted": that of w_k s_k L_k, as the shared parameters do; needs `task_parameters`.
         task_parameters: the task-specific parameters, for `heads="weighted"`; an iterable or a module.
         tasks: the tasks' names, or their number K, where the first step does not have them all; else it says so.
         backend: "auto", or a name from `igb_kernels.backends()`.
+        bank_dtype: torch.bfloat16 halves the memory of methods that keep K gradients: each that is float32 is rounded
+            after its pass (to 2^-8 of every element), and the rounded ones are measured and combined, in float32.
+            Gradients in other dtypes are kept as they come; accumulated squares stay as they are.
 
     Raises:
         ValueError, TypeError: naming the argument, the rule, and what was found.
@@ -126,6 +139,7 @@ class Balancer:
         task_parameters: Iterable[Tensor] | nn.Module | None = None,
         tasks: Iterable[str] | int | None = None,
         backend: str = "auto",
+        bank_dtype: torch.dtype | None = None,
     ) -> None:
         self.gradients, self.losses = _methods(gradients, losses)
         self.shared = _parameters("shared", shared)
@@ -141,7 +155,11 @@ class Balancer:
             raise ValueError(f"task_parameters must be on {devices[0]} like shared, found them on {devices[1]}")
         if both := {id(p) for p in self.shared} & {id(p) for p in self.task_parameters}:
             raise ValueError(f"shared and task_parameters must be disjoint, found {len(both)} tensors in both")
+        if bank_dtype not in (None, torch.bfloat16):
+            raise ValueError(f"bank_dtype must be None or torch.bfloat16, found {bank_dtype!r}")
+        self.bank_dtype = bank_dtype
         self.backend = backend
+        keep_saved_tensors()  # whatever the method: compiled code outlives the balancer
         resolve(backend, self.shared[0].device.type)  # says now what cannot be had
         self._given_tasks, self._given_names = _known_tasks(tasks)
         self._tasks: int | None = None  # from the first step on
@@ -154,6 +172,7 @@ class Balancer:
         self._head_leaves: list[Tensor] = []
         self._unreached: set[int] | None = None  # the tasks whose heads are not among them; None: all tasks
 
+    @uncompiled
     def backward(
         self,
         losses: Losses,
@@ -212,6 +231,7 @@ class Balancer:
         self._accumulated, self._last = None, result.active
         return result
 
+    @uncompiled
     def accumulate(
         self, losses: Losses, *, scaler: torch.amp.GradScaler | None = None, retain_graph: bool = False
     ) -> None:
@@ -265,6 +285,7 @@ class Balancer:
                 self.load_state_dict(before)
             raise
 
+    @uncompiled
     def after_step(self, losses: Losses) -> None:
         """Tells the losses after the optimizer's step, on the same batch: FAMO learns from them, other rules do not.
 
@@ -347,6 +368,8 @@ class Balancer:
             self._tasks, self._names, self._unreached = tasks.total, self._names or tasks.names, None
             self.losses.start(self._tasks, tasks.values.device)
             self.gradients.start(self._tasks, self.shared[0].device)
+            if self.bank_dtype is not None and not self._keeps_gradients():
+                raise ValueError(f"bank_dtype must be None for {self.gradients!r}, which keeps no gradients")
         if self._unreached is None or not self._unreached.isdisjoint(tasks.ids):
             self._find_heads(tasks)
 
@@ -381,7 +404,9 @@ class Balancer:
             done = self._passes(step, others)
             status = done.status | loss_status
             if factor is not None:
-                status = status | self._status_of_heads()
+                of_heads = self._status_of_heads()
+                self.gradients.withdraw(of_heads != 0)
+                status = status | of_heads
             if done.stored is not None:
                 done.stored.commit(status)
             self.losses.commit(losses, scales, status)
@@ -419,7 +444,7 @@ class Balancer:
 
     def _task_passes(self, step: _Step) -> _Outcome:
         """One pass for each task; weights from what they show; their weighted sum into `.grad`."""
-        self._check_previous(step)
+        self._make_previous_plain(step)
         rows, head_rows = self._rows(step), self._head_rows(step)
         for grads, head_grads in self._task_gradients(step):
             rows.add(grads)
@@ -463,12 +488,14 @@ class Balancer:
 
     def _element_passes(self, step: _Step) -> _Outcome:
         """One pass for each task; then each element of `.grad` from some of the tasks, with weights 1."""
-        self._check_previous(step)
+        self._make_previous_plain(step)
         # A factor that all rows share does not change which elements are taken.
         units = step.units if step.rows is not None else Units()
-        rows, head_rows = KeptGradients(self.shared, self._run, units, self._outgoing), self._head_rows(step)
+        rows = KeptGradients(self.shared, self._run, units, self._outgoing, self.bank_dtype)
+        head_rows = self._head_rows(step)
         for grads, head_grads in self._task_gradients(step):
             rows.add(grads)
+            del grads
             if head_rows is not None:
                 head_rows.add(head_grads)
         sq_norm = rows.write_of_one_sign(self.gradients.counter(), self.gradients.leak(), step.shared.previous)
@@ -479,9 +506,9 @@ class Balancer:
 
     def _crossed_passes(self, step: _Step, others: Sequence[TaskLosses]) -> _Outcome:
         """Weights from the inner products of two batches' gradients, all scaled as the losses are."""
-        self._check_previous(step)
+        self._make_previous_plain(step)
         tasks, K = step.tasks, len(step.tasks)
-        pair = [KeptGradients(self.shared, self._run, step.units) for _ in range(2)]
+        pair = [KeptGradients(self.shared, self._run, step.units, dtype=self.bank_dtype) for _ in range(2)]
         head_rows = KeptGradients(self.task_parameters, self._run, step.units) if self.task_parameters else None
         for rows, batch in zip(pair, others if len(others) == 2 else (tasks, *others), strict=True):
             into_params_only = batch is not tasks
@@ -489,6 +516,7 @@ class Balancer:
                 batch, step.seeds, self.shared, step.retain_graph, into_params_only=into_params_only
             ):
                 rows.add(grads)
+                del grads
                 if batch is tasks and head_rows is not None:
                     head_rows.add(take_grads(self.task_parameters, "task_parameters"))
         both = self._run.Table([*pair[0].rows, *pair[1].rows], 2 * K)
@@ -524,7 +552,7 @@ class Balancer:
 
     def _held_pass(self, step: _Step) -> _Outcome:
         """One pass for all tasks, with weights that were known before it."""
-        self._check_previous(step)
+        self._make_previous_plain(step)
         weights, units = self.gradients.held_weights(), step.units.of_sum()
         joint_pass(step.tasks, step.seeds * weights.to(step.seeds.dtype), step.retain_graph)
         rows, head_rows = (KeptGradients(params, self._run, units) for params in (self.shared, self.task_parameters))
@@ -545,14 +573,14 @@ class Balancer:
 
     def _sq_norm_of_sum(self) -> Tensor:
         """Of what a joint pass left in `.grad` of the shared parameters, [1]."""
-        total = [p.grad if p.grad is not None and p.grad.layout is torch.strided else None for p in self.shared]
+        total = [g if g is None or g.layout is torch.strided else g._values() for g in (p.grad for p in self.shared)]
         return self._run.sq_norms(self._run.Table(total, 1), 1)
 
-    def _check_previous(self, step: _Step) -> None:
-        """What is added to must be dense, and is looked at before anything is written."""
-        check_dense(step.shared.previous, "shared")
+    def _make_previous_plain(self, step: _Step) -> None:
+        """What is added to, as memory that can be written to."""
+        step.shared.make_plain("shared")
         if self.task_parameters:
-            check_dense(step.heads.previous, "task_parameters")
+            step.heads.make_plain("task_parameters")
 
     def _rows(self, step: _Step) -> TaskGradients:
         method, run, units = self.gradients, self._run, step.units
@@ -561,11 +589,15 @@ class Balancer:
             scales = method.row_scales()
             return AveragedGradients(self.shared, run, self._averages, step.ids, decay, scales, step.losses, units)
         if method.needs() is Needs.EXCESS:
-            return SquaredGradients(self.shared, run, self._averages, step.ids, units, self._outgoing)
+            return SquaredGradients(self.shared, run, self._averages, step.ids, units, self._outgoing, self.bank_dtype)
         streams = method.needs() is Needs.RUNNING_NORMS and step.rows is None
         if streams and rows_in_cache(self.shared) < len(step.tasks):
             return RunningSum(self.shared, run, method.running_weight, method.running_factor, units)
-        return KeptGradients(self.shared, run, units, self._outgoing)
+        return KeptGradients(self.shared, run, units, self._outgoing, self.bank_dtype)
+
+    def _keeps_gradients(self) -> bool:
+        """Whether steps keep K gradients, whatever the parameters' size."""
+        return self.gradients.ema_decay() is None and self.gradients.needs() not in (Needs.NOTHING, Needs.RUNNING_NORMS)
 
     def end_epoch(self) -> None:
         """Tells what counts epochs that one has ended (IGBv1 measures its base losses over one)."""
@@ -596,6 +628,7 @@ class Balancer:
             "tasks": self._tasks,
             "names": self._names,
             "method": [self.losses.name, self.gradients.name],
+            "options": self._options(),
             "losses": self.losses.state_dict(),
             "gradients": self.gradients.state_dict(),
             "averages": self._averages.rows(),
@@ -604,7 +637,7 @@ class Balancer:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restores `state_dict`'s result, from any device; the next step then has the same bits as after the step that
-        was saved.
+        was saved. Options stay this balancer's; where the state was of others, that is logged.
 
         Raises:
             ValueError: where the state is of other methods, or of other shared parameters. Nothing is changed then.
@@ -624,13 +657,27 @@ class Balancer:
             found = [None if average is None else (tuple(average.shape), average.dtype) for average in row]
             if len(found) != len(expected) or any(f not in (None, e) for f, e in zip(found, expected, strict=True)):
                 raise ValueError(f"the state's moving averages do not fit the shared parameters: {found}")
+        if (saved := state.get("options", self._options())) != self._options():
+            warn_once(f"a state of {'+'.join(saved)} was loaded into {'+'.join(self._options())}")
         state = _copied(state, self.shared[0].device)  # the caller's tensors are not ours to write to
         self.losses.load_state_dict(state["losses"])
         self.gradients.load_state_dict(state["gradients"])
         self._tasks = state["tasks"]
         self._names = names or self._given_names
-        self._last = None if state["last"] is None else tuple(state["last"])
+        self._last = None if state.get("last") is None else tuple(state["last"])
         self._averages = MovingAverages(state["averages"])
+
+    def _options(self) -> list[str]:
+        return [repr(self.losses), repr(self.gradients)]
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies and pickles: all but what the next step finds or makes anew."""
+        return {
+            **vars(self),
+            "_head_leaves": [],
+            "_unreached": None,
+            "_outgoing": None if self._outgoing is None else [],
+        }
 
     def __repr__(self) -> str:
         return (
@@ -731,9 +778,10 @@ def _known_tasks(given: Iterable[str] | int | None) -> tuple[int | None, tuple[s
 
 
 def _parameters(argument: str, given: Iterable[Tensor] | nn.Module) -> list[Tensor]:
-    """The tensors to balance, checked."""
-    if isinstance(given, nn.Module):
-        given = given.parameters()
+    """The tensors to balance, checked. Frozen parameters are among them, since they may be thawed later."""
+    known = DTYPES + COMPLEX_DTYPES
+    if isinstance(given, nn.Module):  # what is frozen for good may have a quantised dtype
+        given = [p for p in given.parameters() if p.requires_grad or p.dtype in known]
     if not isinstance(given, Iterable):
         raise TypeError(f"{argument} must be an iterable of tensors or a module, found {type(given).__name__}")
     params = list(given)
@@ -745,13 +793,15 @@ def _parameters(argument: str, given: Iterable[Tensor] | nn.Module) -> list[Tens
             raise TypeError(f"{argument}[{i}] must be a tensor, found {type(p).__name__}")
         if not p.is_leaf:
             raise ValueError(f"{argument}[{i}] must be a leaf tensor, found the result of {p.grad_fn}")
-        if not p.requires_grad:
+        if not (p.requires_grad or isinstance(p, nn.Parameter)):
             raise ValueError(f"{argument}[{i}], of shape {tuple(p.shape)}, must require grad")
-        if p.dtype not in DTYPES:
-            raise TypeError(f"{argument}[{i}] must have one of the dtypes {DTYPES}, found {p.dtype}")
+        if p.dtype not in known:
+            raise TypeError(f"{argument}[{i}] must have one of the dtypes {known}, found {p.dtype}")
         if p.device != params[0].device:
             raise ValueError(f"{argument}[{i}] must be on {params[0].device} like {argument}[0], found {p.device}")
         if id(p) in first:
             raise ValueError(f"{argument}[{i}] is the same tensor as {argument}[{first[id(p)]}]")
         first[id(p)] = i
+    if not any(p.requires_grad for p in params):
+        raise ValueError(f"{argument} must hold at least one parameter that requires grad, found {len(params)} frozen")
     return params

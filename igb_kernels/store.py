@@ -82,7 +82,7 @@ class TaskGradients:
         # A parameter that was frozen on the way keeps its moving average, but gets no gradient.
         reached = [c if p.requires_grad else None for p, c in zip(self.params, table.columns, strict=True)]
         out: Grads = []
-        for p, old, column, buffer in zip(self.params, previous, reached, buffers, strict=True):
+        for p, old, column, buffer in zip(self.params, previous, reached, apart(buffers), strict=True):
             if old is not None or column is None:
                 out.append(old)
             else:
@@ -149,9 +149,24 @@ def rows_in_cache(params: Sequence[Tensor]) -> int:
     return max(1, CACHE_BYTES // max(1, sum(p.numel() * p.element_size() for p in params)))
 
 
+def apart(buffers: OptionalTensors) -> OptionalTensors:
+    """The buffers, without those that share memory: autograd hands views of one gradient to the parameters of
+    `a.flatten() + b.flatten()`, and neither may be written over while the other is to be read, or kept."""
+    spans = sorted((b.data_ptr(), b.numel() * b.element_size(), i) for i, b in enumerate(buffers) if b is not None)
+    shared, end, last = set(), 0, -1
+    for start, size, i in spans:
+        if start < end and size:
+            shared |= {last, i}
+        if start + size > end:
+            end, last = start + size, i
+    return [None if i in shared else b for i, b in enumerate(buffers)] if shared else buffers
+
+
 def _room_for_grad(p: Tensor, buffer: Tensor | None) -> Tensor:
     """A tensor for the parameter's gradient: the buffer, if there is one of its dtype."""
     dtype = getattr(p, "grad_dtype", None) or p.dtype  # it may be wider than the parameter's
+    if p.is_complex() and buffer is not None and not buffer.is_complex():
+        buffer = torch.view_as_complex(buffer)  # tables have complex columns as real ones
     return buffer if buffer is not None and buffer.dtype is dtype else torch.empty_like(p, dtype=dtype)
 
 
@@ -159,15 +174,34 @@ def _wide(grad: Tensor) -> torch.dtype:
     return accumulator_dtype(grad.dtype)
 
 
+def _rounded(grads: Grads, dtype: torch.dtype) -> Grads:
+    """The float32 ones in this dtype, the others as they are."""
+    wide = [g for g in grads if g is not None and g.dtype is torch.float32]
+    narrow = [torch.empty_like(g, dtype=dtype) for g in wide]
+    if wide:
+        torch._foreach_copy_(narrow, wide)
+    rounded = iter(narrow)
+    return [next(rounded) if g is not None and g.dtype is torch.float32 else g for g in grads]
+
+
 class KeptGradients(TaskGradients):
-    """All K rows, in the buffers that autograd made. The sum is written over the first of them: no further memory."""
+    """All K rows, in the buffers that autograd made. The sum is written over the first of them: no further memory.
+
+    With a `dtype`, those in float32 are rounded to it as they come, and the sum is written to new memory.
+    """
 
     def __init__(
-        self, params: Sequence[Tensor], backend: Backend, units: Units, outgoing: list[Grads] | None = None
+        self,
+        params: Sequence[Tensor],
+        backend: Backend,
+        units: Units,
+        outgoing: list[Grads] | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         """`outgoing` are rows of the last step, let go one by one as the passes need their memory; after the step,
         this step's. Freed all at once, the C library returns it to the system, and every page faults again."""
         super().__init__(params, backend, units)
+        self._dtype = dtype
         self.rows: Grads = []
         """All of them, one after the other."""
         self._tasks = 0
@@ -175,7 +209,7 @@ class KeptGradients(TaskGradients):
         self._outgoing = outgoing
 
     def add(self, grads: Grads) -> None:
-        self.rows += grads
+        self.rows += grads if self._dtype is None else _rounded(grads, self._dtype)
         self._tasks += 1
         if self._outgoing:
             self._outgoing.pop()
@@ -209,8 +243,8 @@ class KeptGradients(TaskGradients):
         if self.units.rows is not None:
             self._multiply_rows(self.units.on_rows(torch.ones_like(self.units.rows)))
         table = self._as_table()
-        columns = zip(self.params, table.columns, strict=True)
-        out = [None if column is None else _room_for_grad(p, column) for p, column in columns]
+        columns = zip(self.params, table.columns, apart(table.columns), strict=True)
+        out = [None if column is None else _room_for_grad(p, buffer) for p, column, buffer in columns]
         sq_norm = self.backend.sign_drop_(self.backend.Table(out, 1, table), table, counter, leak)
         for p, old, grad in zip(self.params, previous, out, strict=True):
             if grad is None or not p.requires_grad:
@@ -251,6 +285,10 @@ class MovingAverages:
         self._spare = [Row([None] * len(row)) for row in rows]
         self._tables: dict[tuple[Row, ...], Table] = {}
         self._captured = False
+
+    def __reduce__(self) -> tuple[type[MovingAverages], tuple[list[Grads]]]:
+        """For copies and pickles: tables hold addresses, and are made anew."""
+        return MovingAverages, (self.rows(),)
 
     def rows(self) -> list[Grads]:
         """The current averages."""
@@ -411,9 +449,10 @@ class SquaredGradients(KeptGradients):
         ids: Sequence[int],
         units: Units,
         outgoing: list[Grads] | None,
+        dtype: torch.dtype | None,
     ) -> None:
         """`ids` are the tasks whose gradients come."""
-        super().__init__(params, backend, units, outgoing)
+        super().__init__(params, backend, units, outgoing, dtype)
         self._squares, self._ids, self._captured = squares, ids, captures_graph(params[0].device)
 
     def add(self, grads: Grads) -> None:
@@ -459,10 +498,11 @@ class RunningSum(TaskGradients):
         weight = self._weight(norm) if factor is None else self._weight(norm) * factor
         started = [p for p, g in enumerate(grads) if g is not None and self._sum[p] is not None]
         starting = [p for p, g in enumerate(grads) if g is not None and self._sum[p] is None]
+        own = apart(grads) if starting else grads
         for p in starting:
             g = grads[p]
             assert g is not None
-            self._sum[p] = g if g.dtype is _wide(g) else torch.empty_like(g, dtype=_wide(g))
+            self._sum[p] = g if g is own[p] and g.dtype is _wide(g) else torch.empty_like(g, dtype=_wide(g))
         for columns, accumulate in ((started, True), (starting, False)):
             if columns:
                 out = self.backend.Table([self._sum[p] for p in columns], 1)

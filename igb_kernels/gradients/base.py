@@ -132,6 +132,12 @@ class GradientBalancer:
         """Factor [1] and status for Σ_k held_weights_k g_k, from its squared norm [1]."""
         raise NotImplementedError(f"{self.name} does not need HELD")
 
+    def withdraw(self, where: Tensor) -> None:
+        """Takes back what `solve` has left for `commit`, where this is true, bool []: the step turned out unusable for
+        a reason that `solve` could not see."""
+        if self.state is not None and self._next_state is not None:
+            self._next_state = torch.where(where.to(self.state.device), self.state, self._next_state)
+
     def commit(self, status: Tensor) -> None:
         """Makes the state that `solve` left the current one; `status` is the finished step's, int32 []."""
         if self.state is None or self._next_state is None or self._next_state is self.state:

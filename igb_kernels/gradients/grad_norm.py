@@ -15,7 +15,7 @@ from igb_kernels.card import Card
 from igb_kernels.gradients._reference import measure
 from igb_kernels.gradients.base import GradientBalancer, Needs, check_number
 from igb_kernels.losses.learned import check_num_tasks
-from igb_kernels.status import Status
+from igb_kernels.status import UNUSABLE, Status
 
 KNOWN, STEPS, SUMS, GRADIENT = range(4)
 """Rows of the state, of K numbers each: L(0) is sums / steps; the gradient is the parameter's."""
@@ -144,21 +144,20 @@ class GradNorm(GradientBalancer):
         gradient.fill_(torch.nan)
         super().commit(status)
         if self.form == "direct":  # the gradient is that of the weights in use
-            self._normalise()
+            self._normalise(status)
         if self.active is not None:
             addend = self.active.spread(addend)
         self.parameter.grad = addend if self.parameter.grad is None else self.parameter.grad.add_(addend)
 
-    def _normalise(self) -> None:
+    def _normalise(self, status: Tensor) -> None:
         """Makes the parameter the weights in use; where tasks are missing, the others keep their sum."""
         weights = self.per_task()
         assert weights is not None
         with torch.no_grad():
-            if self.active is None:
-                self.parameter.copy_(weights)
-            else:
-                total = self.active.part(self.parameter).clamp_min(0).sum()
-                self.active.put_(self.parameter, weights * (total / len(weights)))
+            if self.active is not None:
+                total = self.of_step(self.parameter).clamp_min(0).sum()
+                weights = self.active.put_(self.parameter.clone(), weights * (total / len(weights)))
+            self.parameter.copy_(torch.where((status & UNUSABLE) != 0, self.parameter, weights))
 
     def end_epoch(self) -> None:
         if self._waits and self.state is not None:

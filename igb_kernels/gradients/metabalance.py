@@ -63,6 +63,9 @@ class MetaBalance(GradientBalancer):
             raise ValueError(f"target must be the index of one of the {tasks} tasks, found {self.target}")
         super().start(tasks, device)
 
+    def __repr__(self) -> str:
+        return f"MetaBalance(r={self.r:g}, beta={self.beta:g}, target={self.target})"
+
 
 @ops.register_solver(
     "metabalance",

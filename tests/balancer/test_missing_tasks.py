@@ -77,7 +77,7 @@ SHARED_OUT = ("moco", "modo", "sdm_grad", "excess_mtl")
 def test_every_method_and_rule_is_there():
     made = [igb.Balancer(**make(ALL), shared=make_net().shared) for make in CASES.values()]
     assert {b.gradients.name for b in made} == set(METHODS)
-    assert {b.losses.name for b in made} == set(RULES) - {"igb_v2"}  # see tests/losses/test_igb_v2_missing.py
+    assert {b.losses.name for b in made} == set(RULES) - {"igb_v2"}  # see tests/losses/test_igb_v2.py
 
 
 class Run:

@@ -21,11 +21,12 @@ PACKAGE = ROOT / "igb_kernels"
 CSRC = ROOT / "csrc"
 MODULES = sorted(path for path in PACKAGE.rglob("*.py"))
 
-FOUNDATION = {"_log", "_seed", "status", "card", "active"}
+FOUNDATION = {"_log", "_seed", "_compile", "status", "card", "active"}
 OPERATIONS = FOUNDATION | {"backends", "ops"}
 ALLOWED = {
     "_log": set(),
     "_seed": set(),
+    "_compile": set(),
     "status": set(),
     "card": set(),
     "active": set(),
