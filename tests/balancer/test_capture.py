@@ -5,6 +5,7 @@ import torch
 
 import igb_kernels as igb
 from igb_kernels import Status, balancer, losses, store
+from igb_kernels.losses import _means
 from igb_kernels.status import UsableSteps
 
 from .models import TASKS, Net, make_net, same
@@ -16,7 +17,7 @@ CAPTURED = [name for name, case in CASES.items() if case.update_every == 1 and n
 @pytest.fixture
 def capture(monkeypatch):
     def switch(on: bool = True) -> None:
-        for module in (balancer, store):
+        for module in (balancer, store, _means):
             monkeypatch.setattr(module, "captures_graph", lambda device: on)
 
     return switch
