@@ -15,6 +15,7 @@ from igb_kernels.capture import (
     GradsSetAside,
     Losses,
     TaskLosses,
+    backward_passes,
     check_dense,
     joint_pass,
     leaves,
@@ -23,6 +24,7 @@ from igb_kernels.capture import (
 )
 from igb_kernels.gradients import METHODS, Equal, GradientBalancer
 from igb_kernels.gradients.base import Needs
+from igb_kernels.hooks import CAPTURES, Capture, Measure
 from igb_kernels.losses import RULES, LearnedLossBalancer, LossBalancer
 from igb_kernels.ops import DTYPES, accumulator_dtype
 from igb_kernels.result import BalanceResult
@@ -105,6 +107,9 @@ class Balancer:
             papers do. "weighted": that of w_k s_k L_k, as the shared parameters do; needs `task_parameters`.
         task_parameters: the task-specific parameters, for `heads="weighted"`; an iterable or a module.
         backend: "auto", or a name from `igb_kernels.backends()`.
+        capture: when the shared parameters' gradients are taken and worked on. "passes": after each task's backward
+            pass. "hooks": while it runs, in buckets of neighbouring parameters, by post-accumulate hooks.
+            CAPTURE_DOC
 
     Raises:
         ValueError, TypeError: naming the argument, the rule, and what was found.
@@ -119,6 +124,7 @@ class Balancer:
         heads: str = "scaled",
         task_parameters: Iterable[Tensor] | nn.Module | None = None,
         backend: str = "auto",
+        capture: str = "passes",
     ) -> None:
         self.gradients, self.losses = _methods(gradients, losses)
         self.shared = _parameters("shared", shared)
@@ -136,6 +142,10 @@ class Balancer:
             raise ValueError(f"shared and task_parameters must be disjoint, found {len(both)} tensors in both")
         self.backend = backend
         resolve(backend, self.shared[0].device.type)  # says now what cannot be had
+        if capture not in CAPTURES:
+            raise ValueError(f"capture must be one of {tuple(CAPTURES)}, found {capture!r}")
+        self.capture = capture
+        self._capture: Capture = CAPTURES[capture](self.shared)
         self._tasks: int | None = None
         self._names: tuple[str, ...] | None = None
         self._averages = MovingAverages()
@@ -358,33 +368,30 @@ class Balancer:
     def _task_passes(self, step: _Step) -> _Outcome:
         """One pass for each task; weights from what they show; their weighted sum into `.grad`."""
         self._check_previous(step)
-        rows, head_rows = self._rows(step), self._head_rows(step)
-        for grads, head_grads in self._task_gradients(step):
-            rows.add(grads)
-            del grads  # a store that does not keep them frees their memory for the next pass
-            if head_rows is not None:
-                head_rows.add(head_grads)
-        needs = self.gradients.needs()
-        if needs is Needs.EXCESS:
-            measured = rows.excess()
-        else:
-            measured = rows.gram() if needs in (Needs.GRAM, Needs.HELD) else rows.sq_norms()
+        rows, head_rows, needs = self._rows(step), self._head_rows(step), self.gradients.needs()
+        measures = {Needs.EXCESS: rows.excess, Needs.GRAM: rows.gram, Needs.HELD: rows.gram}
+        measure = measures.get(needs, rows.sq_norms)
+        self._fill(step, rows, head_rows, measure)
+        measured = measure()
         weights, status = self.gradients.solve(measured, step.losses, step.scales, self._run)
         rows.write(weights, step.shared.previous)
         self._write_heads(step, head_rows, weights)
         return _Outcome(weights, status, None if needs is Needs.EXCESS else measured, rows)
 
-    def _task_gradients(self, step: _Step) -> Iterable[tuple[Grads, Grads]]:
-        """The gradients of shared parameters and, where they are kept, of heads, task by task."""
+    def _fill(
+        self, step: _Step, rows: TaskGradients, head_rows: KeptGradients | None, measure: Measure | None = None
+    ) -> None:
+        """Gradients of shared parameters and, where they are kept, of heads, task by task; `measure` comes next."""
         if step.rows is not None:
             params = len(self.shared)
-            return [(row[:params], row[params:]) for row in step.rows]
-
-        def with_heads(grads: Grads) -> tuple[Grads, Grads]:
-            return grads, take_grads(self.task_parameters, "task_parameters") if self.task_parameters else []
-
-        # A generator's frame would hold on to a task's gradients during the next pass; a map does not.
-        return map(with_heads, task_passes(step.tasks, step.seeds, self.shared, step.retain_graph))
+            for row in step.rows:
+                rows.add(row[:params])
+                if head_rows is not None:
+                    head_rows.add(row[params:])
+            return
+        for _ in self._capture.fill(rows, backward_passes(step.tasks, step.seeds, step.retain_graph), measure):
+            if head_rows is not None:
+                head_rows.add(take_grads(self.task_parameters, "task_parameters"))
 
     def _head_rows(self, step: _Step) -> KeptGradients | None:
         """Where heads' gradients are kept for their weights or scales; None: they add up in `.grad`."""
@@ -405,10 +412,7 @@ class Balancer:
         # A factor that all rows share does not change which elements are taken.
         units = step.units if step.rows is not None else Units()
         rows, head_rows = KeptGradients(self.shared, self._run, units, self._outgoing), self._head_rows(step)
-        for grads, head_grads in self._task_gradients(step):
-            rows.add(grads)
-            if head_rows is not None:
-                head_rows.add(head_grads)
+        self._fill(step, rows, head_rows)
         sq_norm = rows.write_of_one_sign(self.gradients.counter(), self.gradients.leak(), step.shared.previous)
         _, status = self.gradients.solve(sq_norm, step.losses, step.scales, self._run)
         weights = torch.ones_like(step.scales, dtype=torch.float64)

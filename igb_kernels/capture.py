@@ -6,8 +6,8 @@ its buffer over without a copy, and it is right also for tied weights and parame
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from functools import reduce
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial, reduce
 from types import TracebackType
 from typing import cast
 
@@ -121,6 +121,17 @@ class TaskLosses:
         ]
 
 
+def backward_passes(
+    losses: TaskLosses, scales: Tensor, retain_graph: bool, inputs: Sequence[Tensor] | None = None
+) -> list[Callable[[], None]]:
+    """The K backward passes, to be run one after the other; into `inputs` alone if given."""
+    last = len(losses) - 1
+    return [
+        partial(torch.autograd.backward, root, seed, retain_graph=retain_graph or k < last, inputs=inputs)
+        for k, (root, seed) in enumerate(zip(losses.roots, losses.seeds(scales), strict=True))
+    ]
+
+
 def task_passes(
     losses: TaskLosses,
     scales: Tensor,
@@ -132,13 +143,12 @@ def task_passes(
 ) -> Iterator[list[Tensor | None]]:
     """Runs the K backward passes and yields after each the gradients of `params`, taken from them; `onto` are
     gradients to which autograd adds those of each task."""
-    last = len(losses) - 1
     inputs = [p for p in params if p.requires_grad] if into_params_only else None
-    for k, (root, seed) in enumerate(zip(losses.roots, losses.seeds(scales), strict=True)):
+    for k, run in enumerate(backward_passes(losses, scales, retain_graph, inputs)):
         if onto:
             for p, grad in zip(params, onto[k], strict=True):
                 p.grad = grad
-        torch.autograd.backward(root, seed, retain_graph=retain_graph or k < last, inputs=inputs)
+        run()
         yield take_grads(params)
 
 
