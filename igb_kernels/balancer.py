@@ -107,9 +107,15 @@ class Balancer:
             papers do. "weighted": that of w_k s_k L_k, as the shared parameters do; needs `task_parameters`.
         task_parameters: the task-specific parameters, for `heads="weighted"`; an iterable or a module.
         backend: "auto", or a name from `igb_kernels.backends()`.
-        capture: when the shared parameters' gradients are taken and worked on. "passes": after each task's backward
-            pass. "hooks": while it runs, in buckets of neighbouring parameters, by post-accumulate hooks.
-            CAPTURE_DOC
+        capture: when the shared parameters' gradients are taken and worked on; both ways give the same bits. "passes":
+            after each task's backward pass. "hooks": while it runs, in buckets of neighbouring parameters, by
+            post-accumulate hooks that are there during `backward` only. A complete bucket is taken, and averaged or
+            measured at once; Gramians in the last pass; on a GPU on a stream of its own, beside the pass. Loss scales
+            are known before, being the seeds of the passes; solving and the weighted sum come right after the last
+            one. Meanwhile other hooks find `.grad` of parameters whose bucket was taken empty. Models of one bucket
+            (2 MB; on a GPU 25 MB), methods that need one pass or single elements, `independent` and `accumulate` work
+            as with "passes". So does, with a word in the log, a model whose gradients come in several pieces
+            (reentrant checkpoints of tied blocks) or on several streams.
 
     Raises:
         ValueError, TypeError: naming the argument, the rule, and what was found.

@@ -159,6 +159,26 @@ def test_every_method_with_a_non_finite_step(name, convention):
 
 
 @only_small_buckets
+@pytest.mark.parametrize("name", KEPT_IN_EVERY_WAY)
+def test_a_scaler_and_micro_batches(name):
+    """A factor on the rows that changes, and steps whose gradients do not come from passes of their own."""
+    net = make_net()
+    found = []
+    for capture in ("passes", "hooks"):
+        balanced = igb.Balancer(**EVERY[name](), shared=net.shared, capture=capture)
+        for step in range(STEPS):
+            net.zero_grad()
+            scaler = torch.amp.GradScaler("cpu", init_scale=3.0 * 2**step)
+            if step == 2:
+                balanced.accumulate(net.losses(10), scaler=scaler)
+            result = balanced.backward(net.losses(step), scaler=scaler)
+            found.append([capture, [p.grad for p in net.parameters()], result.weights, result.measured])
+        found.append([capture, copy.deepcopy(balanced.state_dict())])
+    for ours, theirs in zip(found[: STEPS + 1], found[STEPS + 1 :], strict=True):
+        assert same(ours[1:], theirs[1:])
+
+
+@only_small_buckets
 @pytest.mark.parametrize("name", ["sdm_grad", "modo"])
 def test_independent_batches(name):
     net = make_net()
