@@ -55,8 +55,6 @@ class Arrivals:
     """Of each bucket with gradients, the parameter that got its own last."""
     of_bucket: dict[int, list[int]]
     """By bucket, the parameters that got one; the last first."""
-    stream: int | None
-    """On which they came, on a GPU."""
 
 
 class HookedCapture(Capture):
@@ -119,7 +117,7 @@ class HookedCapture(Capture):
         order = [i for i, _, _ in came]
         of_bucket = {b.start: [i for i in reversed(order) if b.start <= i < b.stop] for b in rows.buckets}
         last = [members[0] for members in of_bucket.values() if members]
-        self._arrivals[task] = Arrivals(last, of_bucket, next(iter(streams), None))
+        self._arrivals[task] = Arrivals(last, of_bucket)
         came.clear()
         self._take_all(rows, grads)
 
@@ -132,12 +130,15 @@ class HookedCapture(Capture):
     def _run_with_hooks(self, task: int, run: Pass, rows: TaskGradients, measure: Measure | None) -> None:
         expected = self._arrivals[task]
         pending = [bucket for bucket in rows.buckets if expected.of_bucket[bucket.start]]
+        streams: set[int] = set()
         taken: dict[int, Grads] = {}  # held to the end: the side stream may still be reading
 
         def take_complete(_: Tensor) -> None:
             stream = torch.cuda.current_stream(self.params[0].device) if self.params[0].is_cuda else None
-            if stream is not None and stream.cuda_stream != expected.stream:
-                return
+            if stream is not None:
+                streams.add(stream.cuda_stream)
+                if len(streams) > 1:  # what the side stream is to wait for is not clear any more
+                    return
             for bucket in list(pending):
                 members = expected.of_bucket[bucket.start]
                 if all(_is_dense(self.params[i].grad) for i in members):

@@ -407,16 +407,18 @@ def test_the_fallback_is_said_once(warnings_said, early):
     assert len(warnings_said) == len(set(warnings_said))
 
 
+@pytest.mark.parametrize("late", [0, TASKS - 1])
 @pytest.mark.parametrize("name", KEPT_IN_EVERY_WAY)
-def test_a_second_piece_after_its_bucket_was_taken(name, warnings_said):
-    """A model whose blocks are tied from the third step on."""
+def test_a_second_piece_after_its_bucket_was_taken(name, late, warnings_said):
+    """A model where one task goes twice through the same block from the third step on."""
     torch.manual_seed(0)
     first, block, other = nn.Linear(4, 5), Block(True), Block(True)
 
     def losses(step: int) -> list[Tensor]:
         torch.manual_seed(step)
-        z = (block if step >= 2 else other)(block(first(torch.randn(6, 4))))
-        return [(z - k).square().mean() for k in range(TASKS)]
+        z = block(first(torch.randn(6, 4)))
+        ends = [(block if step >= 2 and k == late else other)(z) for k in range(TASKS)]
+        return [(end - k).square().mean() for k, end in enumerate(ends)]
 
     situation = Situation(list(nn.ModuleList([first, block, other]).parameters()), losses)
     found = [play(situation, EVERY[name], [capture] * STEPS) for capture in ("hooks", "passes")]
