@@ -286,9 +286,11 @@ class KeptGradients(TaskGradients):
 
     def take(self, bucket: slice, grads: Grads) -> bool:
         row = (self._tasks - 1) * len(self.params)
-        kept = grads if self._dtype is None else _rounded(grads, self._dtype)
-        self.rows[row + bucket.start : row + bucket.stop] = kept
-        self._parts.pop(bucket.start, None)
+        if self._dtype is not None:
+            grads = [None if grad is None else self._to_home(grad) for grad in _rounded(grads, self._dtype)]
+        self.rows[row + bucket.start : row + bucket.stop] = grads
+        for known in (self._parts, self._tables):
+            known.pop(bucket.start, None)
         return True
 
     def end(self) -> None:
