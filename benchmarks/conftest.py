@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-import platform
 import statistics
-import subprocess
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -15,6 +13,7 @@ import pytest
 import torch
 
 import igb_kernels as igb
+from benchmarks.machine import commit, cpu_name
 
 Contender = Callable[..., object]
 
@@ -172,19 +171,12 @@ def compare(request, device) -> Comparison | DeviceComparison:
     return Comparison(benchmark)
 
 
-def _cpu_name() -> str:
-    for line in Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else ():
-        if line.startswith("model name"):
-            return line.split(":", 1)[1].strip()
-    return platform.processor()
-
-
 def pytest_benchmark_update_machine_info(config, machine_info) -> None:
     kept = {key: machine_info[key] for key in ("system", "machine", "python_version")}
     machine_info.clear()
     machine_info.update(
         kept,
-        cpu=_cpu_name(),
+        cpu=cpu_name(),
         cores=os.cpu_count(),
         threads=torch.get_num_threads(),
         torch=torch.__version__,
@@ -195,15 +187,7 @@ def pytest_benchmark_update_machine_info(config, machine_info) -> None:
 
 def pytest_benchmark_update_commit_info(config, commit_info) -> None:
     commit_info.clear()
-    commit_info.update(id=_commit())
-
-
-def _commit() -> str:
-    try:
-        head = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
-    except OSError:
-        return ""
-    return head.stdout.strip()
+    commit_info.update(id=commit())
 
 
 def _table_line(info: Mapping[str, object]) -> str:
@@ -230,7 +214,7 @@ def _report_gpu(terminalreporter, config, results: list[dict[str, object]]) -> N
     for info in results:
         terminalreporter.write_line(f"{info['name']}: {_table_line(info)}")
     if path := config.getoption("--gpu-json"):
-        saved = {"machine": machine, "commit": _commit(), "benchmarks": results}
+        saved = {"machine": machine, "commit": commit(), "benchmarks": results}
         Path(path).write_text(json.dumps(saved, indent=1) + "\n")
 
 
@@ -242,7 +226,7 @@ def pytest_terminal_summary(terminalreporter, config) -> None:
         return
     terminalreporter.section("ratios (below 1: ours is faster)")
     terminalreporter.write_line(
-        f"{_cpu_name()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, torch {torch.__version__}"
+        f"{cpu_name()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, torch {torch.__version__}"
     )
     for bench in benchmarks.benchmarks:
         terminalreporter.write_line(f"{bench.name}: {_table_line(bench.extra_info)}")

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from igb_kernels._log import warn_once
 from igb_kernels.backends import Backend, captures_graph, resolve
 from igb_kernels.capture import (
     GradsSetAside,
@@ -97,6 +98,9 @@ class Balancer:
 
     All steps run on one stream, or on streams that wait for each other, as for any tensors that outlive a step.
 
+    Like an optimizer, a balancer is copied and pickled together with the model whose parameters it holds:
+    `copy.deepcopy((model, balancer))`.
+
     Args:
         gradients: a gradient-balancing method, or names: "db_mtl", "igb_v1+db_mtl" (loss balancing + gradient
             balancing), or a loss-balancing rule alone ("igb_v1": equal weights on its scaled losses).
@@ -116,6 +120,9 @@ class Balancer:
             (2 MB; on a GPU 25 MB), methods that need one pass or single elements, `independent` and `accumulate` work
             as with "passes". So does, with a word in the log, a model whose gradients come in several pieces
             (reentrant checkpoints of tied blocks) or on several streams.
+        bank_dtype: torch.bfloat16 halves the memory of methods that keep K gradients: each that is float32 is rounded
+            after its pass (to 2^-8 of every element), and the rounded ones are measured and combined, in float32.
+            Gradients in other dtypes are kept as they come; accumulated squares stay as they are.
 
     Raises:
         ValueError, TypeError: naming the argument, the rule, and what was found.
@@ -131,6 +138,7 @@ class Balancer:
         task_parameters: Iterable[Tensor] | nn.Module | None = None,
         backend: str = "auto",
         capture: str = "passes",
+        bank_dtype: torch.dtype | None = None,
     ) -> None:
         self.gradients, self.losses = _methods(gradients, losses)
         self.shared = _parameters("shared", shared)
@@ -146,6 +154,9 @@ class Balancer:
             raise ValueError(f"task_parameters must be on {devices[0]} like shared, found them on {devices[1]}")
         if both := {id(p) for p in self.shared} & {id(p) for p in self.task_parameters}:
             raise ValueError(f"shared and task_parameters must be disjoint, found {len(both)} tensors in both")
+        if bank_dtype not in (None, torch.bfloat16):
+            raise ValueError(f"bank_dtype must be None or torch.bfloat16, found {bank_dtype!r}")
+        self.bank_dtype = bank_dtype
         self.backend = backend
         resolve(backend, self.shared[0].device.type)  # says now what cannot be had
         if capture not in CAPTURES:
@@ -317,6 +328,8 @@ class Balancer:
             self._tasks, self._names = len(tasks), tasks.names
             self.losses.start(len(tasks), tasks.values.device)
             self.gradients.start(len(tasks), self.shared[0].device)
+            if self.bank_dtype is not None and not self._keeps_gradients():
+                raise ValueError(f"bank_dtype must be None for {self.gradients!r}, which keeps no gradients")
         self._check_number(tasks)
         if self._head_leaves is None and self.heads == "scaled":
             shared = {id(p) for p in self.shared}
@@ -417,7 +430,8 @@ class Balancer:
         self._check_previous(step)
         # A factor that all rows share does not change which elements are taken.
         units = step.units if step.rows is not None else Units()
-        rows, head_rows = KeptGradients(self.shared, self._run, units, self._outgoing), self._head_rows(step)
+        rows = KeptGradients(self.shared, self._run, units, self._outgoing, self.bank_dtype)
+        head_rows = self._head_rows(step)
         self._fill(step, rows, head_rows)
         sq_norm = rows.write_of_one_sign(self.gradients.counter(), self.gradients.leak(), step.shared.previous)
         _, status = self.gradients.solve(sq_norm, step.losses, step.scales, self._run)
@@ -429,7 +443,7 @@ class Balancer:
         """Weights from the inner products of two batches' gradients, all scaled as the losses are."""
         self._check_previous(step)
         tasks, K = step.tasks, len(step.tasks)
-        pair = [KeptGradients(self.shared, self._run, step.units) for _ in range(2)]
+        pair = [KeptGradients(self.shared, self._run, step.units, dtype=self.bank_dtype) for _ in range(2)]
         head_rows = KeptGradients(self.task_parameters, self._run, step.units) if self.task_parameters else None
         for rows, batch in zip(pair, others if len(others) == 2 else (tasks, *others), strict=True):
             into_params_only = batch is not tasks
@@ -437,6 +451,7 @@ class Balancer:
                 batch, step.seeds, self.shared, step.retain_graph, into_params_only=into_params_only
             ):
                 rows.add(grads)
+                del grads
                 if batch is tasks and head_rows is not None:
                     head_rows.add(take_grads(self.task_parameters, "task_parameters"))
         both = self._run.Table([*pair[0].rows, *pair[1].rows], 2 * K)
@@ -509,11 +524,15 @@ class Balancer:
             scales = method.row_scales()
             return AveragedGradients(self.shared, run, self._averages, decay, scales, step.losses, units)
         if method.needs() is Needs.EXCESS:
-            return SquaredGradients(self.shared, run, self._averages, units, self._outgoing)
+            return SquaredGradients(self.shared, run, self._averages, units, self._outgoing, self.bank_dtype)
         streams = method.needs() is Needs.RUNNING_NORMS and step.rows is None
         if streams and rows_in_cache(self.shared) < len(step.tasks):
             return RunningSum(self.shared, run, method.running_weight, method.running_factor, units)
-        return KeptGradients(self.shared, run, units, self._outgoing)
+        return KeptGradients(self.shared, run, units, self._outgoing, self.bank_dtype)
+
+    def _keeps_gradients(self) -> bool:
+        """Whether steps keep K gradients, whatever the parameters' size."""
+        return self.gradients.ema_decay() is None and self.gradients.needs() not in (Needs.NOTHING, Needs.RUNNING_NORMS)
 
     def end_epoch(self) -> None:
         """Tells what counts epochs that one has ended (IGBv1 measures its base losses over one)."""
@@ -544,6 +563,7 @@ class Balancer:
             "tasks": self._tasks,
             "names": self._names,
             "method": [self.losses.name, self.gradients.name],
+            "options": self._options(),
             "losses": self.losses.state_dict(),
             "gradients": self.gradients.state_dict(),
             "averages": [list(row) for row in self._averages.current.rows],
@@ -551,7 +571,7 @@ class Balancer:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restores `state_dict`'s result, from any device; the next step then has the same bits as after the step that
-        was saved.
+        was saved. Options stay this balancer's; where the state was of others, that is logged.
 
         Raises:
             ValueError: where the state is of other methods, or of other shared parameters. Nothing is changed then.
@@ -566,12 +586,21 @@ class Balancer:
             found = [None if average is None else (tuple(average.shape), average.dtype) for average in row]
             if len(found) != len(expected) or any(f not in (None, e) for f, e in zip(found, expected, strict=True)):
                 raise ValueError(f"the state's moving averages do not fit the shared parameters: {found}")
+        if (saved := state.get("options", self._options())) != self._options():
+            warn_once(f"a state of {'+'.join(saved)} was loaded into {'+'.join(self._options())}")
         state = _copied(state, self.shared[0].device)  # the caller's tensors are not ours to write to
         self.losses.load_state_dict(state["losses"])
         self.gradients.load_state_dict(state["gradients"])
         self._tasks = state["tasks"]
         self._names = None if state["names"] is None else tuple(state["names"])
         self._averages = MovingAverages(state["averages"])
+
+    def _options(self) -> list[str]:
+        return [repr(self.losses), repr(self.gradients)]
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies and pickles: all but what the next step finds or makes anew."""
+        return {**vars(self), "_head_leaves": None, "_outgoing": None if self._outgoing is None else []}
 
     def __repr__(self) -> str:
         return (

@@ -29,6 +29,10 @@ class Capture:
     def __init__(self, params: Sequence[Tensor]) -> None:
         self.params = params
 
+    def __reduce__(self) -> tuple[type[Capture], tuple[Sequence[Tensor]]]:
+        """For copies and pickles: what was learned of the passes is learned again."""
+        return type(self), (self.params,)
+
     def fill(self, rows: TaskGradients, passes: Sequence[Pass], measure: Measure | None) -> Iterator[None]:
         """Runs the backward passes, and yields after each when its gradients are in the store.
 

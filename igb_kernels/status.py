@@ -63,6 +63,10 @@ class UsableSteps:
         self._settle()
         return self._count
 
+    def __reduce__(self) -> tuple[type[UsableSteps], tuple[int]]:
+        """For copies and pickles: neither pinned memory nor events."""
+        return UsableSteps, (self.count,)
+
     def _settle(self) -> None:
         if self._unread is not None:
             if self._copied is not None:

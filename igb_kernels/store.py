@@ -224,15 +224,34 @@ def _wide(grad: Tensor) -> torch.dtype:
     return accumulator_dtype(grad.dtype)
 
 
+def _rounded(grads: Grads, dtype: torch.dtype) -> Grads:
+    """The float32 ones in this dtype, the others as they are."""
+    wide = [g for g in grads if g is not None and g.dtype is torch.float32]
+    narrow = [torch.empty_like(g, dtype=dtype) for g in wide]
+    if wide:
+        torch._foreach_copy_(narrow, wide)
+    rounded = iter(narrow)
+    return [next(rounded) if g is not None and g.dtype is torch.float32 else g for g in grads]
+
+
 class KeptGradients(TaskGradients):
-    """All K rows, in the buffers that autograd made. The sum is written over the first of them: no further memory."""
+    """All K rows, in the buffers that autograd made. The sum is written over the first of them: no further memory.
+
+    With a `dtype`, those in float32 are rounded to it as they come, and the sum is written to new memory.
+    """
 
     def __init__(
-        self, params: Sequence[Tensor], backend: Backend, units: Units, outgoing: list[Grads] | None = None
+        self,
+        params: Sequence[Tensor],
+        backend: Backend,
+        units: Units,
+        outgoing: list[Grads] | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         """`outgoing` are rows of the last step, let go one by one as the passes need their memory; after the step,
         this step's. Freed all at once, the C library returns it to the system, and every page faults again."""
         super().__init__(params, backend, units)
+        self._dtype = dtype
         self.rows: Grads = []
         """All of them, one after the other."""
         self._tables: dict[int, Table] = {}
@@ -244,6 +263,8 @@ class KeptGradients(TaskGradients):
 
     def take(self, bucket: slice, grads: Grads) -> bool:
         row = (self._tasks - 1) * len(self.params)
+        if self._dtype is not None:
+            grads = [None if grad is None else self._to_home(grad) for grad in _rounded(grads, self._dtype)]
         self.rows[row + bucket.start : row + bucket.stop] = grads
         self._parts.pop(bucket.start, None)
         return True
@@ -320,6 +341,10 @@ class Bank:
     def __init__(self, rows: Sequence[Grads] = ()) -> None:
         self.rows = [list(row) for row in rows]
         self._tables: dict[tuple[int, int, int, int], Table] = {}
+
+    def __reduce__(self) -> tuple[type[Bank], tuple[list[Grads]]]:
+        """For copies and pickles: tables hold addresses, and are made anew."""
+        return Bank, (self.rows,)
 
     def row(self, task: int, params: int) -> Grads:
         if task == len(self.rows):
@@ -526,8 +551,9 @@ class SquaredGradients(KeptGradients):
         squares: MovingAverages,
         units: Units,
         outgoing: list[Grads] | None,
+        dtype: torch.dtype | None,
     ) -> None:
-        super().__init__(params, backend, units, outgoing)
+        super().__init__(params, backend, units, outgoing, dtype)
         self._squares, self._captured = squares, captures_graph(params[0].device)
 
     def take(self, bucket: slice, grads: Grads) -> bool:

@@ -306,6 +306,16 @@ class IGBv2(LossBalancer):
             assert self._learner is not None
             self._learner.load_state_dict(state["learner"])
 
+    def __getstate__(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        """For copies and pickles, in which the agent is made anew and its state loaded."""
+        state = self.state_dict()
+        return {**vars(self), "_learner": None, "_ended": Readback()}, state
+
+    def __setstate__(self, saved: tuple[dict[str, Any], dict[str, Any]]) -> None:
+        attributes, state = saved
+        vars(self).update(attributes)
+        self.load_state_dict(state)
+
     def __repr__(self) -> str:
         return (
             f"IGBv2({self.base.arguments()}, state={self.state_kind!r}, logprob={self.settings.logprob!r}, "

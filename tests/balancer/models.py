@@ -80,7 +80,7 @@ class Net(nn.Module):
 
     def batch(self, seed: int = 0) -> tuple[Tensor, Tensor]:
         """Inputs and targets, in the model's dtype."""
-        torch.manual_seed(1000 + seed)
+        torch.default_generator.manual_seed(1000 + seed)  # torch.manual_seed would take note of it for GPUs, each time
         x, y = INPUTS[self.kind](), torch.randn(len(self.heads), BATCH, 2)
         dtype = self.heads[0].weight.dtype
         return (x.to(dtype) if x.is_floating_point() else x), y.to(dtype)

@@ -32,6 +32,7 @@ class Run:
         for step in range(first, last):
             self.optimizer.zero_grad()
             results = [self.balancer.backward(self.net.losses(2 * step + half)) for half in (0, 1)]
+            trace.append([r.losses for r in results])
             params = [*self.net.parameters(), *self.balancer.parameters()]
             trace += [[r.weights, r.scales, r.status, r.measured] for r in results if r.measured is not None]
             trace.append([p.grad.clone() for p in params])
@@ -42,10 +43,13 @@ class Run:
                 self.balancer.end_epoch()
         return trace
 
-    def save(self) -> dict[str, Any]:
+    def states(self) -> dict[str, Any]:
         parts = {"net": self.net, "balancer": self.balancer, "optimizer": self.optimizer}
+        return {name: part.state_dict() for name, part in parts.items()}
+
+    def save(self) -> dict[str, Any]:
         file = io.BytesIO()
-        torch.save({name: part.state_dict() for name, part in parts.items()}, file)
+        torch.save(self.states(), file)
         file.seek(0)
         return torch.load(file, weights_only=True)
 
@@ -55,10 +59,10 @@ class Run:
         self.optimizer.load_state_dict(copy.deepcopy(states["optimizer"]))  # optimizers write into what they load
 
 
-def igb_v2(background: bool) -> dict[str, object]:
+def igb_v2(background: bool, seed: int | None = 1) -> dict[str, object]:
     """An agent that learns from the fifth step on and acts from the ninth on."""
     rule = igb.IGBv2(0, background=background, steps_per_epoch=4, update_after=1, start_epoch=2, update_every=2,
-                     batch_size=8, buffer_size=6, hidden=(8,), seed=1)  # fmt: skip
+                     batch_size=8, buffer_size=6, hidden=(8,), seed=seed)  # fmt: skip
     return {"gradients": "imtl_g", "losses": rule}
 
 
