@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from igb_kernels._compile import keep_saved_tensors, uncompiled
 from igb_kernels._log import warn_once
 from igb_kernels.backends import Backend, captures_graph, resolve
 from igb_kernels.capture import (
@@ -17,7 +18,6 @@ from igb_kernels.capture import (
     Losses,
     TaskLosses,
     backward_passes,
-    check_dense,
     joint_pass,
     leaves,
     take_grads,
@@ -27,7 +27,7 @@ from igb_kernels.gradients import METHODS, Equal, GradientBalancer
 from igb_kernels.gradients.base import Needs
 from igb_kernels.hooks import CAPTURES, Capture, Measure
 from igb_kernels.losses import RULES, LearnedLossBalancer, LossBalancer
-from igb_kernels.ops import DTYPES, accumulator_dtype
+from igb_kernels.ops import COMPLEX_DTYPES, DTYPES, accumulator_dtype
 from igb_kernels.result import BalanceResult
 from igb_kernels.status import Status
 from igb_kernels.store import (
@@ -96,6 +96,10 @@ class Balancer:
     capturing it raises: with NashMTL's `update_every` above 1, and with IGBv1 until its base losses are known; so does
     DB-MTL where a parameter gets its first gradient. The other backends solve the K×K problem on the host, and wait.
 
+    Models, heads and losses may be compiled, and so may be the function that calls `backward`, which breaks its graph.
+    Since K passes go through one graph, a new balancer sets `torch._functorch.config.donated_buffer = False`, unless
+    something has been compiled before.
+
     All steps run on one stream, or on streams that wait for each other, as for any tensors that outlive a step.
 
     Like an optimizer, a balancer is copied and pickled together with the model whose parameters it holds:
@@ -106,7 +110,9 @@ class Balancer:
             balancing), or a loss-balancing rule alone ("igb_v1": equal weights on its scaled losses).
         losses: a loss-balancing rule or its name; by default the one that is part of the method (DB-MTL: log), else
             none. "none" turns it off.
-        shared: the shared parameters: an iterable of leaf tensors that require grad, or a module.
+        shared: the shared parameters: an iterable of leaf tensors that require grad, or a module. A parameter that is
+            frozen gets nothing until it is thawed. Complex ones count as their real and imaginary parts, so inner
+            products are Re <g_i, g_j>. Sparse gradients are made dense, except with Equal, which compares none.
         heads: what task-specific parameters get. "scaled": the gradient of their own scaled loss s_k L_k, as the
             papers do. "weighted": that of w_k s_k L_k, as the shared parameters do; needs `task_parameters`.
         task_parameters: the task-specific parameters, for `heads="weighted"`; an iterable or a module.
@@ -158,6 +164,7 @@ class Balancer:
             raise ValueError(f"bank_dtype must be None or torch.bfloat16, found {bank_dtype!r}")
         self.bank_dtype = bank_dtype
         self.backend = backend
+        keep_saved_tensors()  # whatever the method: compiled code outlives the balancer
         resolve(backend, self.shared[0].device.type)  # says now what cannot be had
         if capture not in CAPTURES:
             raise ValueError(f"capture must be one of {tuple(CAPTURES)}, found {capture!r}")
@@ -170,6 +177,7 @@ class Balancer:
         self._outgoing: list[Grads] | None = [] if self.shared[0].device.type == "cpu" else None
         self._head_leaves: list[Tensor] | None = None
 
+    @uncompiled
     def backward(
         self,
         losses: Losses,
@@ -221,6 +229,7 @@ class Balancer:
         self._accumulated = None
         return result
 
+    @uncompiled
     def accumulate(
         self, losses: Losses, *, scaler: torch.amp.GradScaler | None = None, retain_graph: bool = False
     ) -> None:
@@ -273,6 +282,7 @@ class Balancer:
                 self.load_state_dict(before)
             raise
 
+    @uncompiled
     def after_step(self, losses: Losses) -> None:
         """Tells the losses after the optimizer's step, on the same batch: FAMO learns from them, other rules do not.
 
@@ -386,7 +396,7 @@ class Balancer:
 
     def _task_passes(self, step: _Step) -> _Outcome:
         """One pass for each task; weights from what they show; their weighted sum into `.grad`."""
-        self._check_previous(step)
+        self._make_previous_plain(step)
         rows, head_rows, needs = self._rows(step), self._head_rows(step), self.gradients.needs()
         measures = {Needs.EXCESS: rows.excess, Needs.GRAM: rows.gram, Needs.HELD: rows.gram}
         measure = measures.get(needs, rows.sq_norms)
@@ -427,7 +437,7 @@ class Balancer:
 
     def _element_passes(self, step: _Step) -> _Outcome:
         """One pass for each task; then each element of `.grad` from some of the tasks, with weights 1."""
-        self._check_previous(step)
+        self._make_previous_plain(step)
         # A factor that all rows share does not change which elements are taken.
         units = step.units if step.rows is not None else Units()
         rows = KeptGradients(self.shared, self._run, units, self._outgoing, self.bank_dtype)
@@ -441,7 +451,7 @@ class Balancer:
 
     def _crossed_passes(self, step: _Step, others: Sequence[TaskLosses]) -> _Outcome:
         """Weights from the inner products of two batches' gradients, all scaled as the losses are."""
-        self._check_previous(step)
+        self._make_previous_plain(step)
         tasks, K = step.tasks, len(step.tasks)
         pair = [KeptGradients(self.shared, self._run, step.units, dtype=self.bank_dtype) for _ in range(2)]
         head_rows = KeptGradients(self.task_parameters, self._run, step.units) if self.task_parameters else None
@@ -487,7 +497,7 @@ class Balancer:
 
     def _held_pass(self, step: _Step) -> _Outcome:
         """One pass for all tasks, with weights that were known before it."""
-        self._check_previous(step)
+        self._make_previous_plain(step)
         weights, units = self.gradients.held_weights(), step.units.of_sum()
         joint_pass(step.tasks, step.seeds * weights.to(step.seeds.dtype), step.retain_graph)
         rows, head_rows = (KeptGradients(params, self._run, units) for params in (self.shared, self.task_parameters))
@@ -508,14 +518,14 @@ class Balancer:
 
     def _sq_norm_of_sum(self) -> Tensor:
         """Of what a joint pass left in `.grad` of the shared parameters, [1]."""
-        total = [p.grad if p.grad is not None and p.grad.layout is torch.strided else None for p in self.shared]
+        total = [g if g is None or g.layout is torch.strided else g._values() for g in (p.grad for p in self.shared)]
         return self._run.sq_norms(self._run.Table(total, 1), 1)
 
-    def _check_previous(self, step: _Step) -> None:
-        """What is added to must be dense, and is looked at before anything is written."""
-        check_dense(step.shared.previous, "shared")
+    def _make_previous_plain(self, step: _Step) -> None:
+        """What is added to, as memory that can be written to."""
+        step.shared.make_plain("shared")
         if self.task_parameters:
-            check_dense(step.heads.previous, "task_parameters")
+            step.heads.make_plain("task_parameters")
 
     def _rows(self, step: _Step) -> TaskGradients:
         method, run, units = self.gradients, self._run, step.units
@@ -687,9 +697,10 @@ def _rule(name: str) -> LossBalancer:
 
 
 def _parameters(argument: str, given: Iterable[Tensor] | nn.Module) -> list[Tensor]:
-    """The tensors to balance, checked."""
-    if isinstance(given, nn.Module):
-        given = given.parameters()
+    """The tensors to balance, checked. Frozen parameters are among them, since they may be thawed later."""
+    known = DTYPES + COMPLEX_DTYPES
+    if isinstance(given, nn.Module):  # what is frozen for good may have a quantised dtype
+        given = [p for p in given.parameters() if p.requires_grad or p.dtype in known]
     if not isinstance(given, Iterable):
         raise TypeError(f"{argument} must be an iterable of tensors or a module, found {type(given).__name__}")
     params = list(given)
@@ -701,13 +712,15 @@ def _parameters(argument: str, given: Iterable[Tensor] | nn.Module) -> list[Tens
             raise TypeError(f"{argument}[{i}] must be a tensor, found {type(p).__name__}")
         if not p.is_leaf:
             raise ValueError(f"{argument}[{i}] must be a leaf tensor, found the result of {p.grad_fn}")
-        if not p.requires_grad:
+        if not (p.requires_grad or isinstance(p, nn.Parameter)):
             raise ValueError(f"{argument}[{i}], of shape {tuple(p.shape)}, must require grad")
-        if p.dtype not in DTYPES:
-            raise TypeError(f"{argument}[{i}] must have one of the dtypes {DTYPES}, found {p.dtype}")
+        if p.dtype not in known:
+            raise TypeError(f"{argument}[{i}] must have one of the dtypes {known}, found {p.dtype}")
         if p.device != params[0].device:
             raise ValueError(f"{argument}[{i}] must be on {params[0].device} like {argument}[0], found {p.device}")
         if id(p) in first:
             raise ValueError(f"{argument}[{i}] is the same tensor as {argument}[{first[id(p)]}]")
         first[id(p)] = i
+    if not any(p.requires_grad for p in params):
+        raise ValueError(f"{argument} must hold at least one parameter that requires grad, found {len(params)} frozen")
     return params

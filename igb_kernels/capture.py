@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node
 
+from igb_kernels._compile import REMEDY, is_about_donated_buffers
 from igb_kernels._log import warn_once
 
 Losses = Sequence[Tensor] | Mapping[str, Tensor] | Tensor
@@ -126,9 +127,10 @@ def backward_passes(
 ) -> list[Callable[[], None]]:
     """The K backward passes, to be run one after the other; into `inputs` alone if given."""
     last = len(losses) - 1
+    seeds = losses.seeds(scales.clone())  # a gradient can be a view of its pass's seed, and may be written over
     return [
-        partial(torch.autograd.backward, root, seed, retain_graph=retain_graph or k < last, inputs=inputs)
-        for k, (root, seed) in enumerate(zip(losses.roots, losses.seeds(scales), strict=True))
+        partial(_backward, root, seed, retain_graph or k < last, inputs)
+        for k, (root, seed) in enumerate(zip(losses.roots, seeds, strict=True))
     ]
 
 
@@ -154,31 +156,53 @@ def task_passes(
 
 def joint_pass(losses: TaskLosses, scales: Tensor, retain_graph: bool, inputs: Sequence[Tensor] | None = None) -> None:
     """One backward pass of Σ_k scales_k L_k, into `inputs` alone if given; gradients stay where autograd puts them."""
+    scales = scales.clone()  # a gradient can be a view of its pass's seed
     if losses._whole is not None:
-        torch.autograd.backward(losses._whole, scales, retain_graph=retain_graph, inputs=inputs)
+        _backward(losses._whole, scales, retain_graph, inputs)
     else:
         roots = cast(Sequence[Tensor], losses.roots)  # the stub knows no mixture
-        torch.autograd.backward(roots, losses.seeds(scales), retain_graph=retain_graph, inputs=inputs)
+        _backward(roots, losses.seeds(scales), retain_graph, inputs)
+
+
+def _backward(
+    roots: Tensor | GradientEdge | Sequence[Tensor],
+    seeds: Tensor | Sequence[Tensor],
+    retain_graph: bool,
+    inputs: Sequence[Tensor] | None,
+) -> None:
+    try:
+        torch.autograd.backward(roots, seeds, retain_graph=retain_graph, inputs=inputs)
+    except RuntimeError as error:
+        if is_about_donated_buffers(error):
+            raise RuntimeError(REMEDY) from error
+        raise
 
 
 def take_grads(params: Sequence[Tensor], argument: str = "shared") -> list[Tensor | None]:
-    """The parameters' gradients, which they lose."""
-    grads = [p.grad for p in params]
-    check_dense(grads, argument)
+    """The parameters' gradients, as plain memory; they lose them."""
+    grads = in_plain_memory([p.grad for p in params], argument)
     for p, grad in zip(params, grads, strict=True):
         if grad is not None:
             p.grad = None
     return grads
 
 
-def check_dense(grads: Sequence[Tensor | None], argument: str) -> None:
-    """Raises ValueError for the first gradient that is sparse; `argument` names the parameters."""
+def in_plain_memory(grads: Sequence[Tensor | None], argument: str) -> list[Tensor | None]:
+    """The gradients, with a copy of each that is more than numbers at an address: sparse ones, and those that PyTorch
+    is yet to conjugate or negate. `argument` names the parameters."""
+    plain = list(grads)
     for i, grad in enumerate(grads):
-        if grad is not None and grad.layout is not torch.strided:
-            raise ValueError(
-                f"{argument}[{i}], of shape {tuple(grad.shape)}, must have dense gradients, found a sparse one "
-                f"({grad.layout}): use sparse=False in its embedding"
+        if grad is None:
+            continue
+        if grad.layout is not torch.strided:
+            warn_once(
+                f"{argument}[{i}], of shape {tuple(grad.shape)}, has sparse gradients: a task's gradients are compared "
+                "and summed whole, so each is made dense, at the cost of memory and time for all rows, and so is .grad"
             )
+            plain[i] = grad.to_dense()
+        elif grad.is_neg() or grad.is_conj():
+            plain[i] = grad.resolve_neg().resolve_conj()
+    return plain
 
 
 def leaves(losses: TaskLosses) -> list[Tensor]:
@@ -204,8 +228,9 @@ class GradsSetAside:
         self._params = params
 
     def __enter__(self) -> GradsSetAside:
-        self.previous = [p.grad for p in self._params]
-        for p, grad in zip(self._params, self.previous, strict=True):
+        self._found = [p.grad for p in self._params]
+        self.previous = self._found
+        for p, grad in zip(self._params, self._found, strict=True):
             if grad is not None:
                 p.grad = None
         return self
@@ -218,8 +243,12 @@ class GradsSetAside:
 
     def put_back(self) -> None:
         """Makes `.grad` what it was."""
-        for p, grad in zip(self._params, self.previous, strict=True):
+        for p, grad in zip(self._params, self._found, strict=True):
             p.grad = grad
+
+    def make_plain(self, argument: str) -> None:
+        """Puts `previous` in plain memory, where it is to be written to."""
+        self.previous = in_plain_memory(self._found, argument)
 
     def add_back(self) -> None:
         """Adds the new gradients to those set aside, in place where both are dense, as autograd would."""

@@ -59,6 +59,8 @@ class Arrivals:
     """Of each bucket with gradients, the parameter that got its own last."""
     of_bucket: dict[int, list[int]]
     """By bucket, the parameters that got one; the last first."""
+    at_end: set[int]
+    """Buckets that are left to the end of the pass, for a sparse gradient."""
 
 
 class HookedCapture(Capture):
@@ -112,18 +114,20 @@ class HookedCapture(Capture):
                 if p.requires_grad:
                     hooks.callback(_hooked(p, partial(note, i)))
             run()
-        grads = take_grads(self.params)
         for i, grad, version in came:
-            if grads[i] is not grad or grad._version != version:
+            if self.params[i].grad is not grad or grad._version != version:
                 self._give_up(f"the gradient of shared[{i}] changes after it has come, {CAUSES}")
         if len(streams) > 1:
             self._give_up(f"the gradients of a pass come on {len(streams)} streams")
         order = [i for i, _, _ in came]
+        sparse = {i for i, grad, _ in came if grad.layout is not torch.strided}
         of_bucket = {b.start: [i for i in reversed(order) if b.start <= i < b.stop] for b in rows.buckets}
+        at_end = {start for start, members in of_bucket.items() if sparse.intersection(members)}
+        of_bucket |= {start: [] for start in at_end}
         last = [members[0] for members in of_bucket.values() if members]
-        self._arrivals[task] = Arrivals(last, of_bucket)
+        self._arrivals[task] = Arrivals(last, of_bucket, at_end)
         came.clear()
-        self._take_all(rows, grads)
+        self._take_all(rows, take_grads(self.params))
 
     def _give_up(self, reason: str) -> None:
         self._unsafe = True
@@ -185,11 +189,12 @@ class HookedCapture(Capture):
 
     def _take_the_rest(self, task: int, rows: TaskGradients, taken: dict[int, Grads]) -> None:
         """After the pass: buckets that were not complete as expected, and what came after its bucket was taken."""
-        grads = take_grads(self.params)
+        grads, at_end = take_grads(self.params), self._arrivals[task].at_end
         for bucket in rows.buckets:
             late = grads[bucket]
             if any(grad is not None for grad in late):
-                self._arrivals.pop(task, None)
+                if bucket.start not in at_end:
+                    self._arrivals.pop(task, None)
             elif bucket.start in taken:
                 continue
             if bucket.start in taken:
@@ -204,7 +209,7 @@ class HookedCapture(Capture):
         self._give_up(
             f"the gradient of a shared parameter of shape {tuple(p.shape)} changes after it has come, {CAUSES}"
         )
-        return early.add_(late)
+        return early + late  # not in place: other parameters' gradients may be views of the same memory
 
 
 def _hooked(p: Tensor, hook: Callable[[Tensor], None]) -> Callable[[], None]:

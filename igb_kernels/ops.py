@@ -24,6 +24,8 @@ from igb_kernels.backends import OptionalTensors, reference, resolve
 
 NAMESPACE = "igb_kernels"
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+COMPLEX_DTYPES = (torch.complex64, torch.complex128)
+"""Of gradients; each element counts as its real and its imaginary part, two elements of half the size."""
 MAX_TASKS = 1024
 MIN_EPS = torch.finfo(torch.float32).tiny
 
@@ -142,8 +144,9 @@ def _check_rows(op: str, grads: OptionalTensors, tasks: int, argument: str = "gr
                 continue
             if shape is None:
                 shape, dtype, device = t.shape, t.dtype, device or t.device
-                if dtype not in DTYPES:
-                    raise TypeError(f"{op}: {argument}[{k}][{p}] must have one of the dtypes {DTYPES}, found {dtype}")
+                if dtype not in DTYPES + COMPLEX_DTYPES:
+                    rule = f"one of the dtypes {DTYPES + COMPLEX_DTYPES}"
+                    raise TypeError(f"{op}: {argument}[{k}][{p}] must have {rule}, found {dtype}")
             if t.shape != shape or t.dtype is not dtype or t.device != device or t.layout is not torch.strided:
                 raise ValueError(
                     f"{op}: {argument}[{k}][{p}] must be a dense tensor of shape {tuple(shape)}, {dtype}, on {device}, "
@@ -175,7 +178,7 @@ def _check_update(
     _check_rows(op, grads, tasks)
     for i, t in enumerate(out):
         if t.dtype is not accumulator_dtype(t.dtype):
-            raise ValueError(f"{op}: out[{i}] must be float32 or float64, found {t.dtype}")
+            raise ValueError(f"{op}: out[{i}] must be float32 or float64 (or complex), found {t.dtype}")
     _check_like(op, "out", out, grads, "accumulator")
     _check_like(op, "state", state, out, "accumulator")
     return device
@@ -192,6 +195,8 @@ def _check_sum(op: str, out: Sequence[Tensor], grads: OptionalTensors, tasks: in
 
 def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype in which sums and moving averages of gradients of `dtype` are kept."""
+    if dtype.is_complex:
+        return dtype
     return torch.float64 if dtype is torch.float64 else torch.float32
 
 
@@ -199,7 +204,7 @@ def _combined_dtypes(dtype: torch.dtype) -> tuple[torch.dtype, ...]:
     """The dtypes that a sum of gradients of `dtype` can be written in."""
     if dtype is torch.float32:
         return (torch.float32, torch.bfloat16, torch.float16)
-    return (dtype, torch.float32) if dtype is not torch.float64 else (dtype,)
+    return (dtype, torch.float32) if dtype in (torch.bfloat16, torch.float16) else (dtype,)
 
 
 def _check_vector(op: str, name: str, t: Tensor, shape: tuple[int, ...]) -> None:
@@ -484,12 +489,13 @@ Rows = Tensor | Sequence[Row]
 
 
 def _flat(op: str, argument: str, rows: Rows) -> tuple[list[Tensor | None], int]:
-    """Rows (or a K×D matrix) as one list in row-major order, and K."""
+    """Rows (or a K×D matrix) as one list in row-major order, and K. Its entries are not to be negated any more: PyTorch
+    does that before an op for lists of tensors, but not for lists with None."""
     nested: list[Row] = [[row] for row in rows.unbind()] if isinstance(rows, Tensor) else [list(row) for row in rows]
     if len({len(row) for row in nested}) > 1:
         lengths = [len(row) for row in nested]
         raise ValueError(f"{op}: {argument} must hold the same number of tensors for every task, found {lengths}")
-    return [t for row in nested for t in row], len(nested)
+    return [None if t is None else t.resolve_neg() for row in nested for t in row], len(nested)
 
 
 def gram(grads: Rows, *, backend: str = "auto") -> Tensor:
@@ -497,7 +503,8 @@ def gram(grads: Rows, *, backend: str = "auto") -> Tensor:
 
     Args:
         grads: K rows of P tensors each (None where a task does not reach a parameter), or a K×D matrix. Each column
-            has one shape and dtype: float32, float64, bfloat16 or float16; all on one device.
+            has one shape and dtype: float32, float64, bfloat16, float16, complex64 or complex128; all on one device.
+            Complex elements count as two real ones, as for `torch.view_as_real`: the inner product is Re <g_i, g_j>.
         backend: "auto", or a name from `igb_kernels.backends()`.
 
     Returns:

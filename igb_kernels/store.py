@@ -156,7 +156,8 @@ class TaskGradients:
         previous: Grads,
         buffers: OptionalTensors,
     ) -> None:
-        """Adds the weighted sum of a bucket's `rows` to `previous`, or writes it, where possible over `buffers`."""
+        """Adds the weighted sum of a bucket's `rows` to `previous`, or writes it, where possible over `buffers`,
+        which share no memory with others of any bucket."""
         params = self.params[bucket]
         # A parameter that was frozen on the way keeps its moving average, but gets no gradient.
         reached = [c if p.requires_grad else None for p, c in zip(params, table.columns, strict=True)]
@@ -214,9 +215,24 @@ def rows_in_cache(params: Sequence[Tensor]) -> int:
     return max(1, CACHE_BYTES // max(1, sum(p.numel() * p.element_size() for p in params)))
 
 
+def apart(buffers: OptionalTensors) -> OptionalTensors:
+    """The buffers, without those that share memory: autograd hands views of one gradient to the parameters of
+    `a.flatten() + b.flatten()`, and neither may be written over while the other is to be read, or kept."""
+    spans = sorted((b.data_ptr(), b.numel() * b.element_size(), i) for i, b in enumerate(buffers) if b is not None)
+    shared, end, last = set(), 0, -1
+    for start, size, i in spans:
+        if start < end and size:
+            shared |= {last, i}
+        if start + size > end:
+            end, last = start + size, i
+    return [None if i in shared else b for i, b in enumerate(buffers)] if shared else buffers
+
+
 def _room_for_grad(p: Tensor, buffer: Tensor | None) -> Tensor:
     """A tensor for the parameter's gradient: the buffer, if there is one of its dtype."""
     dtype = getattr(p, "grad_dtype", None) or p.dtype  # it may be wider than the parameter's
+    if p.is_complex() and buffer is not None and not buffer.is_complex():
+        buffer = torch.view_as_complex(buffer)  # tables have complex columns as real ones
     return buffer if buffer is not None and buffer.dtype is dtype else torch.empty_like(p, dtype=dtype)
 
 
@@ -266,7 +282,8 @@ class KeptGradients(TaskGradients):
         if self._dtype is not None:
             grads = [None if grad is None else self._to_home(grad) for grad in _rounded(grads, self._dtype)]
         self.rows[row + bucket.start : row + bucket.stop] = grads
-        self._parts.pop(bucket.start, None)
+        for known in (self._parts, self._tables):
+            known.pop(bucket.start, None)
         return True
 
     def end(self) -> None:
@@ -308,9 +325,10 @@ class KeptGradients(TaskGradients):
 
     def write(self, weights: Tensor, previous: Grads) -> None:
         weights = self.units.on_rows(weights)
+        buffers = apart([c for bucket in reversed(self.buckets) for c in self._table(bucket).columns])
         for bucket in self.buckets:
             rows, table = self._rows_of(bucket), self._table(bucket)
-            self._write(bucket, rows, self._tasks, table, weights, previous[bucket], buffers=table.columns)
+            self._write(bucket, rows, self._tasks, table, weights, previous[bucket], buffers[bucket])
 
     def write_of_one_sign(self, counter: Tensor, leak: Tensor | None, previous: Grads) -> Tensor:
         """As `write`, but of each element only the rows of one drawn sign (`ops.sign_drop_`); returns its squared
@@ -318,8 +336,8 @@ class KeptGradients(TaskGradients):
         if self.units.rows is not None:
             self._multiply_rows(self.units.on_rows(torch.ones_like(self.units.rows)))
         table = self.backend.Table(self.rows, self._tasks)
-        columns = zip(self.params, table.columns, strict=True)
-        out = [None if column is None else _room_for_grad(p, column) for p, column in columns]
+        columns = zip(self.params, table.columns, apart(table.columns), strict=True)
+        out = [None if column is None else _room_for_grad(p, buffer) for p, column, buffer in columns]
         sq_norm = self.backend.sign_drop_(self.backend.Table(out, 1, table), table, counter, leak)
         for p, old, grad in zip(self.params, previous, out, strict=True):
             if grad is None or not p.requires_grad:
@@ -532,10 +550,10 @@ class AveragedGradients(TaskGradients):
 
     def write(self, weights: Tensor, previous: Grads) -> None:
         weights = self.units.in_grad(weights)
+        buffers = apart([buffer for bucket in reversed(self.buckets) for buffer in self._spent[bucket.start]])
         for bucket in self.buckets:
-            rows = self._averages.spare.flat(0, self._tasks, bucket)
-            table, buffers = self._table(bucket), self._spent[bucket.start]
-            self._write(bucket, rows, self._tasks, table, weights, previous[bucket], buffers)
+            rows, table = self._averages.spare.flat(0, self._tasks, bucket), self._table(bucket)
+            self._write(bucket, rows, self._tasks, table, weights, previous[bucket], buffers[bucket])
 
     def commit(self, status: Tensor) -> None:
         self._averages.commit(status, self.backend, self._captured)
@@ -608,17 +626,20 @@ class RunningSum(TaskGradients):
             norm = norm * factor.square()
         self._norms.append(norm)
         weight = self._weight(norm) if factor is None else self._weight(norm) * factor
+        row = [self._row[bucket.start] for bucket in self.buckets]
+        grads = [grad for part in reversed(row) for grad in part]
+        own = apart(grads) if any(s is None and g is not None for s, g in zip(self._sum, grads, strict=True)) else grads
         for bucket in self.buckets:
-            self._add(bucket, self._row.pop(bucket.start), weight)
+            self._add(bucket, self._row.pop(bucket.start), own[bucket], weight)
 
-    def _add(self, bucket: slice, grads: Grads, weight: Tensor) -> None:
+    def _add(self, bucket: slice, grads: Grads, own: OptionalTensors, weight: Tensor) -> None:
         start = bucket.start
         started = [p for p, g in enumerate(grads, start) if g is not None and self._sum[p] is not None]
         starting = [p for p, g in enumerate(grads, start) if g is not None and self._sum[p] is None]
         for p in starting:
             g = grads[p - start]
             assert g is not None
-            self._sum[p] = g if g.dtype is _wide(g) else torch.empty_like(g, dtype=_wide(g))
+            self._sum[p] = g if g is own[p - start] and g.dtype is _wide(g) else torch.empty_like(g, dtype=_wide(g))
         for columns, accumulate in ((started, True), (starting, False)):
             if columns:
                 out = self.backend.Table([self._sum[p] for p in columns], 1)

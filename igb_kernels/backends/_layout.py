@@ -15,8 +15,24 @@ DTYPE_CODES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.floa
 """As in csrc/cpu/tensor_table.h."""
 
 
+def as_reals(tensors: OptionalTensors, params: int) -> OptionalTensors:
+    """The tensors, with a view of each complex one as real parts and imaginary parts: Re <g, h> is its inner product.
+
+    Complex ones are asked for in columns, as one column has one dtype.
+    """
+    found = [p for p, t in enumerate(_columns(tensors, params)) if t is not None and t.is_complex()]
+    if not found:
+        return tensors
+    reals = list(tensors)
+    for p in found:
+        for i in range(p, len(reals), params):
+            if (t := reals[i]) is not None:
+                reals[i] = torch.view_as_real(t.resolve_conj())
+    return reals
+
+
 class Rows:
-    """K rows of P tensors, those of a column in one dense memory layout.
+    """K rows of P tensors, those of a column in one dense memory layout; complex ones as twice as many real numbers.
 
     Holds the tensors. One that is laid out otherwise than its column is copied, or, in rows to be written to, has a
     stand-in until `write_back`.
@@ -25,7 +41,7 @@ class Rows:
     def __init__(self, tensors: OptionalTensors, tasks: int, like: Rows | None = None) -> None:
         """`like` are rows whose layouts these take; by default they are those of the first tensors there are."""
         self.tasks, self.params = tasks, len(tensors) // tasks
-        self.given = tensors
+        self.given = tensors = as_reals(tensors, self.params)
         self.first = _columns(tensors, self.params)
         if like is None:
             self.columns = _dense(self.first)

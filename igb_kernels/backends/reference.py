@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from igb_kernels.backends import OptionalTensors
-from igb_kernels.backends._layout import bring_back, in_memory_order, on_cpu
+from igb_kernels.backends._layout import as_reals, bring_back, in_memory_order, on_cpu
 from igb_kernels.backends._random import uniforms
 from igb_kernels.status import Status
 
@@ -65,13 +65,11 @@ SOLVERS: dict[str, KnownSolver] = {}
 RULES: dict[str, KnownRule] = {}
 
 
-@dataclass(frozen=True)
 class Table:
-    """K rows of P tensors."""
+    """K rows of P tensors; complex ones as twice as many real numbers."""
 
-    tensors: OptionalTensors
-    tasks: int
-    like: Table | None = None
+    def __init__(self, tensors: OptionalTensors, tasks: int, like: Table | None = None) -> None:
+        self.tensors, self.tasks = as_reals(tensors, len(tensors) // tasks), tasks
 
     @property
     def columns(self) -> list[Tensor | None]:

@@ -10,8 +10,8 @@ from .models import Snapshot, make_net
 from .oracle import CASES, STORES
 
 
-def leaf(*shape: int, dtype: torch.dtype = torch.float32) -> nn.Parameter:
-    return nn.Parameter(torch.zeros(*shape, dtype=dtype), requires_grad=dtype.is_floating_point)
+def leaf(*shape: int, dtype: torch.dtype = torch.float32, frozen: bool = False) -> nn.Parameter:
+    return nn.Parameter(torch.zeros(*shape, dtype=dtype), requires_grad=not frozen)
 
 
 ONE, TWO, THREE = leaf(2), leaf(3), leaf(4)
@@ -33,10 +33,20 @@ BAD_PARAMETERS = {
         r"shared\[1\], of shape \(2, 3\), must require grad",
     ),
     "twice": ([ONE, TWO, ONE], ValueError, r"shared\[2\] is the same tensor as shared\[0\]"),
-    "complex": (
-        [ONE, leaf(2, dtype=torch.float32).detach().to(torch.complex64).requires_grad_()],
+    "all frozen": (
+        [leaf(2, frozen=True)],
+        ValueError,
+        "shared must hold at least one parameter that requires grad, found 1 frozen",
+    ),
+    "frozen quantised": (
+        [ONE, leaf(2, dtype=torch.uint8, frozen=True)],
         TypeError,
-        r"shared\[1\] must have one of the dtypes .*, found torch.complex64",
+        r"shared\[1\] must have one of the dtypes .*, found torch.uint8",
+    ),
+    "eight bits": (
+        [ONE, leaf(2, dtype=torch.float8_e5m2)],
+        TypeError,
+        r"shared\[1\] must have one of the dtypes .*, found torch.float8_e5m2",
     ),
     "on two devices": (
         [ONE, nn.Parameter(torch.zeros(2, device="meta"))],

@@ -16,6 +16,7 @@ import igb_kernels as igb
 from igb_kernels import balancer, losses, store
 from igb_kernels.gradients import METHODS
 
+from . import test_parameters
 from .models import TASKS, Net, Snapshot, make_net, same
 from .oracle import CASES, STORES
 from .test_accumulation import Branching, Transposed
@@ -354,6 +355,29 @@ def last_layer_skipped_on_the_way() -> Situation:
     return Situation(list(layers.parameters()), losses)
 
 
+def sparse_on_the_way() -> Situation:
+    torch.manual_seed(0)
+    table, layer = nn.Embedding(7, 5, sparse=True), nn.Linear(5, 5)
+
+    def losses(step: int) -> list[Tensor]:
+        x = table(torch.arange(3)) if step in (1, 3) else table.weight[:3]
+        return [(layer(x) - k).square().mean() for k in range(TASKS)]
+
+    return Situation([*layer.parameters(), table.weight], losses)
+
+
+def views_of_one_gradient() -> Situation:
+    """Autograd hands out one gradient's memory twice."""
+    torch.manual_seed(0)
+    shared = [nn.Parameter(torch.randn(4, 5)) for _ in range(3)]
+
+    def losses(step: int) -> list[Tensor]:
+        z = torch.tanh(shared[0].flatten() + shared[1].flatten()) + step + shared[2].flatten()
+        return [(z - k).square().mean() for k in range(TASKS)]
+
+    return Situation(shared, losses)
+
+
 SITUATIONS: dict[str, Callable[[], Situation]] = {
     "tied weights": lambda: blocks(None, tied=True),
     "an unreached parameter": unreached,
@@ -364,6 +388,8 @@ SITUATIONS: dict[str, Callable[[], Situation]] = {
     "reentrant checkpoint of tied blocks": lambda: blocks(True, tied=True),
     "custom function": custom_function,
     "stack": lambda: of_form(torch.stack),
+    "sparse on the way": sparse_on_the_way,
+    "views of one gradient": views_of_one_gradient,
     "one vector": lambda: of_form(lambda losses: torch.stack(losses) * 1.0),
     "dict": lambda: of_form(lambda losses: dict(zip("abc", losses, strict=True))),
     "shuffled parameters": shuffled,
@@ -380,6 +406,23 @@ def test_situations(kind, name):
 
 
 @only_small_buckets
+@pytest.mark.parametrize("name", ["db_mtl", "db_mtl beta 0", "imtl_g"])
+@pytest.mark.parametrize("kind", test_parameters.SITUATIONS)
+def test_situations_of_parameters(kind, name):
+    found = []
+    for capture in ("hooks", "passes"):
+        torch.manual_seed(0)
+        given = test_parameters.SITUATIONS[kind]()
+
+        def losses(step: int, given: test_parameters.Situation = given) -> Sequence[Tensor]:
+            given.before(step)
+            return given.losses(step)
+
+        found.append(play(Situation(given.shared, losses), EVERY[name], [capture] * 4))
+    assert same(*found)
+
+
+@only_small_buckets
 @pytest.mark.parametrize("kind", SITUATIONS)
 def test_gradients_are_taken_early(kind, early):
     situation = SITUATIONS[kind]()
@@ -391,7 +434,7 @@ def test_gradients_are_taken_early(kind, early):
     assert taken[:WATCHED] == [0] * WATCHED
     if kind == "reentrant checkpoint of tied blocks":
         assert not any(taken)
-    elif kind == "branches in changing order":
+    elif kind in ("branches in changing order", "sparse on the way"):
         assert any(taken)  # the pass after a surprise is watched
     else:
         assert taken[1] >= TASKS * (len(store.buckets_of(situation.shared)) - 1)
@@ -570,29 +613,6 @@ def test_a_pass_that_fails(name, task):
             balanced.backward(net.losses(step))
             grads.append([p.grad for p in net.parameters()])
         assert same(*grads)
-
-
-@only_small_buckets
-@pytest.mark.parametrize("name", KEPT_IN_EVERY_WAY)
-def test_what_a_hook_cannot_take(name):
-    """A sparse gradient is told as after a pass."""
-    torch.manual_seed(0)
-    table, layer = nn.Embedding(7, 5, sparse=True), nn.Linear(5, 5)
-    shared = [*layer.parameters(), table.weight]
-    balanced = igb.Balancer(**EVERY[name](), shared=shared, capture="hooks")
-
-    def losses(sparse: bool) -> list[Tensor]:
-        x = table(torch.arange(3)) if sparse else table.weight[:3]
-        return [(layer(x) - k).square().mean() for k in range(TASKS)]
-
-    for _ in range(2):
-        balanced.backward(losses(sparse=False))
-    before = Snapshot(shared, balanced)
-    with pytest.raises(ValueError, match=r"shared\[2\], of shape \(7, 5\), must have dense gradients"):
-        balanced.backward(losses(sparse=True))
-    before.check()
-    assert not hooks_on(shared)
-    balanced.backward(losses(sparse=False))
 
 
 @only_small_buckets

@@ -21,11 +21,12 @@ PACKAGE = ROOT / "igb_kernels"
 CSRC = ROOT / "csrc"
 MODULES = sorted(path for path in PACKAGE.rglob("*.py"))
 
-FOUNDATION = {"_log", "_seed", "status", "card"}
+FOUNDATION = {"_log", "_seed", "_compile", "status", "card"}
 OPERATIONS = FOUNDATION | {"backends", "ops"}
 ALLOWED = {
     "_log": set(),
     "_seed": set(),
+    "_compile": set(),
     "status": set(),
     "card": set(),
     "_native": {"_C"},
