@@ -80,6 +80,20 @@ def cnn_4_7m(tasks: int) -> Task:
     return Task(encoder, _heads(512, tasks), torch.randn(16, 3, 32, 32))
 
 
+def vit_l(tasks: int) -> Task:
+    """An encoder of ViT-L's size, 302 million parameters, on 8 images of 197 patches."""
+    layer = nn.TransformerEncoderLayer(
+        1024, 16, 4096, dropout=0.0, activation="gelu", batch_first=True, norm_first=True
+    )
+    encoder = nn.Sequential(nn.TransformerEncoder(layer, 24, enable_nested_tensor=False), _MeanOfPatches())
+    return Task(encoder, _heads(1024, tasks), torch.randn(8, 197, 1024))
+
+
+class _MeanOfPatches(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.mean(dim=1)
+
+
 def _heads(width: int, tasks: int) -> nn.ModuleList:
     return nn.ModuleList(nn.Linear(width, 1) for _ in range(tasks))
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 import igb_kernels as igb
 from benchmarks import eager
-from benchmarks.models import MODELS, Task
+from benchmarks.models import MODELS, Task, vit_l
 
 METHODS: dict[str, Callable[[], igb.Balancer]] = {
     "igb_v1+nash_mtl": lambda: igb.NashMTL(),
@@ -75,3 +75,30 @@ def test_step(compare, device, backends, method: str, model: str, tasks: int) ->
         "reference": reference.backward,
     }
     compare(ours.backward, close, slow, rounds=ROUNDS[model], setup=setup)
+
+
+@pytest.mark.parametrize("tasks", [3, 8])
+@pytest.mark.parametrize("model", [*MODELS, "vit-l"])
+@pytest.mark.parametrize("method", ["igb_v1+imtl_g", "igb_v1+emtl", "db_mtl", "db_mtl-beta0"])
+def test_captures(compare, device, backends, method: str, model: str, tasks: int) -> None:
+    """Gradients taken while a pass runs against gradients taken after it, and the bare passes."""
+    if model == "vit-l" and device.type == "cpu":
+        pytest.skip("a step takes half a minute on a CPU")
+    task = {**MODELS, "vit-l": vit_l}[model](tasks).to(device)
+    rule = igb.IGBv1(base_losses=[1.0] * tasks) if method.startswith("igb_v1") else None
+    hooks, passes = (
+        igb.Balancer(METHODS[method](), rule, shared=task.shared, backend=backends[0], capture=capture)
+        for capture in ("hooks", "passes")
+    )
+
+    def setup() -> tuple[list[Tensor]]:
+        task.zero_grad()
+        return (task.losses(),)
+
+    found = []
+    for balancer in (hooks, passes, hooks, passes):  # nothing is taken early in the first step
+        balancer.backward(*setup())
+        found.append([p.grad for p in task.shared])
+    assert all(torch.equal(a, b) for a, b in zip(*found[2:], strict=True))
+    close = {"passes": passes.backward, "bare passes": lambda losses: bare_passes(losses, task)}
+    compare(hooks.backward, close, {}, rounds=ROUNDS.get(model, 10), setup=setup)

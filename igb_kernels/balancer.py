@@ -18,6 +18,7 @@ from igb_kernels.capture import (
     GradsSetAside,
     Losses,
     TaskLosses,
+    backward_passes,
     joint_pass,
     leaves,
     take_grads,
@@ -25,6 +26,7 @@ from igb_kernels.capture import (
 )
 from igb_kernels.gradients import METHODS, Equal, GradientBalancer
 from igb_kernels.gradients.base import Needs
+from igb_kernels.hooks import CAPTURES, Capture, Measure
 from igb_kernels.losses import RULES, LearnedLossBalancer, LossBalancer
 from igb_kernels.ops import COMPLEX_DTYPES, DTYPES, accumulator_dtype
 from igb_kernels.result import BalanceResult
@@ -124,6 +126,15 @@ class Balancer:
         bank_dtype: torch.bfloat16 halves the memory of methods that keep K gradients: each that is float32 is rounded
             after its pass (to 2^-8 of every element), and the rounded ones are measured and combined, in float32.
             Gradients in other dtypes are kept as they come; accumulated squares stay as they are.
+        capture: when the shared parameters' gradients are taken and worked on; both ways give the same bits. "passes":
+            after each task's backward pass. "hooks": while it runs, in buckets of neighbouring parameters, by
+            post-accumulate hooks that are there during `backward` only. A complete bucket is taken, and averaged or
+            measured at once; Gramians in the last pass; on a GPU on a stream of its own, beside the pass. Loss scales
+            are known before, being the seeds of the passes; solving and the weighted sum come right after the last
+            one. Meanwhile other hooks find `.grad` of parameters whose bucket was taken empty. Models of one bucket
+            (2 MB; on a GPU 25 MB), methods that need one pass or single elements, `independent` and `accumulate` work
+            as with "passes". So does, with a word in the log, a model whose gradients come in several pieces
+            (reentrant checkpoints of tied blocks) or on several streams.
 
     Raises:
         ValueError, TypeError: naming the argument, the rule, and what was found.
@@ -140,6 +151,7 @@ class Balancer:
         tasks: Iterable[str] | int | None = None,
         backend: str = "auto",
         bank_dtype: torch.dtype | None = None,
+        capture: str = "passes",
     ) -> None:
         self.gradients, self.losses = _methods(gradients, losses)
         self.shared = _parameters("shared", shared)
@@ -161,6 +173,10 @@ class Balancer:
         self.backend = backend
         keep_saved_tensors()  # whatever the method: compiled code outlives the balancer
         resolve(backend, self.shared[0].device.type)  # says now what cannot be had
+        if capture not in CAPTURES:
+            raise ValueError(f"capture must be one of {tuple(CAPTURES)}, found {capture!r}")
+        self.capture = capture
+        self._capture: Capture = CAPTURES[capture](self.shared)
         self._given_tasks, self._given_names = _known_tasks(tasks)
         self._tasks: int | None = None  # from the first step on
         self._names = self._given_names
@@ -445,33 +461,30 @@ class Balancer:
     def _task_passes(self, step: _Step) -> _Outcome:
         """One pass for each task; weights from what they show; their weighted sum into `.grad`."""
         self._make_previous_plain(step)
-        rows, head_rows = self._rows(step), self._head_rows(step)
-        for grads, head_grads in self._task_gradients(step):
-            rows.add(grads)
-            del grads  # a store that does not keep them frees their memory for the next pass
-            if head_rows is not None:
-                head_rows.add(head_grads)
-        needs = self.gradients.needs()
-        if needs is Needs.EXCESS:
-            measured = rows.excess()
-        else:
-            measured = rows.gram() if needs in (Needs.GRAM, Needs.HELD) else rows.sq_norms()
+        rows, head_rows, needs = self._rows(step), self._head_rows(step), self.gradients.needs()
+        measures = {Needs.EXCESS: rows.excess, Needs.GRAM: rows.gram, Needs.HELD: rows.gram}
+        measure = measures.get(needs, rows.sq_norms)
+        self._fill(step, rows, head_rows, measure)
+        measured = measure()
         weights, status = self.gradients.solve(measured, step.losses, step.scales, self._run)
         rows.write(weights, step.shared.previous)
         self._write_heads(step, head_rows, weights)
         return _Outcome(weights, status, None if needs is Needs.EXCESS else measured, rows)
 
-    def _task_gradients(self, step: _Step) -> Iterable[tuple[Grads, Grads]]:
-        """The gradients of shared parameters and, where they are kept, of heads, task by task."""
+    def _fill(
+        self, step: _Step, rows: TaskGradients, head_rows: KeptGradients | None, measure: Measure | None = None
+    ) -> None:
+        """Gradients of shared parameters and, where they are kept, of heads, task by task; `measure` comes next."""
         if step.rows is not None:
             params = len(self.shared)
-            return [(row[:params], row[params:]) for row in step.rows]
-
-        def with_heads(grads: Grads) -> tuple[Grads, Grads]:
-            return grads, take_grads(self.task_parameters, "task_parameters") if self.task_parameters else []
-
-        # A generator's frame would hold on to a task's gradients during the next pass; a map does not.
-        return map(with_heads, task_passes(step.tasks, step.seeds, self.shared, step.retain_graph))
+            for row in step.rows:
+                rows.add(row[:params])
+                if head_rows is not None:
+                    head_rows.add(row[params:])
+            return
+        for _ in self._capture.fill(rows, backward_passes(step.tasks, step.seeds, step.retain_graph), measure):
+            if head_rows is not None:
+                head_rows.add(take_grads(self.task_parameters, "task_parameters"))
 
     def _head_rows(self, step: _Step) -> KeptGradients | None:
         """Where heads' gradients are kept for their weights or scales; None: they add up in `.grad`."""
@@ -493,11 +506,7 @@ class Balancer:
         units = step.units if step.rows is not None else Units()
         rows = KeptGradients(self.shared, self._run, units, self._outgoing, self.bank_dtype)
         head_rows = self._head_rows(step)
-        for grads, head_grads in self._task_gradients(step):
-            rows.add(grads)
-            del grads
-            if head_rows is not None:
-                head_rows.add(head_grads)
+        self._fill(step, rows, head_rows)
         sq_norm = rows.write_of_one_sign(self.gradients.counter(), self.gradients.leak(), step.shared.previous)
         _, status = self.gradients.solve(sq_norm, step.losses, step.scales, self._run)
         weights = torch.ones_like(step.scales, dtype=torch.float64)

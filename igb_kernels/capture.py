@@ -6,8 +6,8 @@ its buffer over without a copy, and it is right also for tied weights and parame
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from functools import reduce
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial, reduce
 from types import TracebackType
 from typing import cast
 
@@ -174,6 +174,18 @@ class TaskLosses:
         ]
 
 
+def backward_passes(
+    losses: TaskLosses, scales: Tensor, retain_graph: bool, inputs: Sequence[Tensor] | None = None
+) -> list[Callable[[], None]]:
+    """The K backward passes, to be run one after the other; into `inputs` alone if given."""
+    last = len(losses) - 1
+    seeds = losses.seeds(scales.clone())  # a gradient can be a view of its pass's seed, and may be written over
+    return [
+        partial(_backward, root, seed, retain_graph or k < last, inputs)
+        for k, (root, seed) in enumerate(zip(losses.roots, seeds, strict=True))
+    ]
+
+
 def task_passes(
     losses: TaskLosses,
     scales: Tensor,
@@ -185,14 +197,12 @@ def task_passes(
 ) -> Iterator[list[Tensor | None]]:
     """Runs the K backward passes and yields after each the gradients of `params`, taken from them; `onto` are
     gradients to which autograd adds those of each task."""
-    last = len(losses) - 1
     inputs = [p for p in params if p.requires_grad] if into_params_only else None
-    seeds = losses.seeds(scales.clone())  # a gradient can be a view of its pass's seed, and may be written over
-    for k, (root, seed) in enumerate(zip(losses.roots, seeds, strict=True)):
+    for k, run in enumerate(backward_passes(losses, scales, retain_graph, inputs)):
         if onto:
             for p, grad in zip(params, onto[k], strict=True):
                 p.grad = grad
-        _backward(root, seed, retain_graph or k < last, inputs)
+        run()
         yield take_grads(params)
 
 
@@ -220,16 +230,16 @@ def _backward(
         raise
 
 
-def take_grads(params: Sequence[Tensor], argument: str = "shared") -> list[Tensor | None]:
-    """The parameters' gradients, as plain memory; they lose them."""
-    grads = in_plain_memory([p.grad for p in params], argument)
+def take_grads(params: Sequence[Tensor], argument: str = "shared", first: int = 0) -> list[Tensor | None]:
+    """The parameters' gradients, as plain memory; they lose them. Messages count from `first`."""
+    grads = in_plain_memory([p.grad for p in params], argument, first)
     for p, grad in zip(params, grads, strict=True):
         if grad is not None:
             p.grad = None
     return grads
 
 
-def in_plain_memory(grads: Sequence[Tensor | None], argument: str) -> list[Tensor | None]:
+def in_plain_memory(grads: Sequence[Tensor | None], argument: str, first: int = 0) -> list[Tensor | None]:
     """The gradients, with a copy of each that is more than numbers at an address: sparse ones, and those that PyTorch
     is yet to conjugate or negate. `argument` names the parameters."""
     plain = list(grads)
@@ -238,8 +248,9 @@ def in_plain_memory(grads: Sequence[Tensor | None], argument: str) -> list[Tenso
             continue
         if grad.layout is not torch.strided:
             warn_once(
-                f"{argument}[{i}], of shape {tuple(grad.shape)}, has sparse gradients: a task's gradients are compared "
-                "and summed whole, so each is made dense, at the cost of memory and time for all rows, and so is .grad"
+                f"{argument}[{first + i}], of shape {tuple(grad.shape)}, has sparse gradients: a task's gradients are "
+                "compared and summed whole, so each is made dense, at the cost of memory and time for all rows, and so "
+                "is .grad"
             )
             plain[i] = grad.to_dense()
         elif grad.is_neg() or grad.is_conj():

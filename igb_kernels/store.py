@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -46,26 +47,73 @@ class Units:
         return self.in_grad(weights if self.rows is None else weights * self.rows)
 
 
+BUCKET_BYTES = {"cpu": 2 << 20, "cuda": 25 << 20}
+"""The least that is worth a call while a backward pass runs: on a GPU beside launches, elsewhere in a core's cache."""
+
+MOST_BUCKETS = 32
+
+
+def buckets_of(params: Sequence[Tensor]) -> list[slice]:
+    """Neighbouring parameters, from the last to the first, as a backward pass tends to reach them. What is summed over
+    all of them is summed over each bucket and then, in this order, over the buckets, whenever those were complete."""
+    sizes = [p.numel() * p.element_size() for p in params]
+    enough = max(BUCKET_BYTES["cuda" if params and params[0].is_cuda else "cpu"], sum(sizes) // MOST_BUCKETS)
+    buckets: list[slice] = []
+    stop, size = len(sizes), 0
+    for p in reversed(range(len(sizes))):
+        size += sizes[p]
+        if size >= enough or p == 0:
+            buckets.append(slice(p, stop))
+            stop, size = p, 0
+    return buckets
+
+
 class TaskGradients:
-    """K rows of gradients, one added after each backward pass; then measured, then combined into `.grad`."""
+    """K rows of gradients, one from each backward pass; then measured, then combined into `.grad`.
+
+    Each row comes in buckets of parameters, in any order, so that it can be worked on while its pass still runs; on a
+    GPU also on another stream than the one on which the store was made. A measure of the rows is the sum of its parts:
+    it can be asked for each bucket as soon as all rows have it.
+    """
 
     def __init__(self, params: Sequence[Tensor], backend: Backend, units: Units) -> None:
         self.params, self.backend, self.units = params, backend, units
+        self.buckets = buckets_of(params)
+        self._tasks = 0
+        self._parts: dict[int, Tensor] = {}
+        """What was measured of each bucket, by its first parameter."""
+        on_gpu = len(params) > 0 and params[0].is_cuda
+        self._home = torch.cuda.current_stream(params[0].device) if on_gpu else None
 
     def add(self, grads: Grads) -> None:
-        """Takes the next task's gradients; their buffers belong to the store from here on."""
+        """Takes a whole row."""
+        self.begin()
+        for bucket in self.buckets:
+            self.take(bucket, grads[bucket])
+        self.end()
+
+    def begin(self) -> None:
+        """Comes before the row's backward pass."""
+        self._tasks += 1
+
+    def take(self, bucket: slice, grads: Grads) -> bool:
+        """Takes the row's gradients of a bucket, or takes them again; their buffers belong to the store from here on.
+        Returns whether they are what measures see: if not, that waits for the end of the row."""
         raise NotImplementedError
 
-    def sq_norms(self) -> Tensor:
-        """Squared norms of the gradients, [K] float64."""
+    def end(self) -> None:
+        """Comes after the backward pass, when every bucket has been taken."""
+
+    def sq_norms(self, bucket: slice | None = None) -> Tensor:
+        """Squared norms of the gradients, or of those of one bucket, [K] float64."""
         raise NotImplementedError
 
-    def gram(self) -> Tensor:
-        """Gramian of the gradients, [K, K] float64."""
+    def gram(self, bucket: slice | None = None) -> Tensor:
+        """Gramian of the gradients, or of those of one bucket, [K, K] float64."""
         raise NotImplementedError
 
-    def excess(self) -> Tensor:
-        """Σ g_k² / √(accumulated squares of gradient k), [K] float64."""
+    def excess(self, bucket: slice | None = None) -> Tensor:
+        """Σ g_k² / √(accumulated squares of gradient k), over all or of one bucket, [K] float64."""
         raise NotImplementedError
 
     def write(self, weights: Tensor, previous: Grads) -> None:
@@ -75,14 +123,53 @@ class TaskGradients:
     def commit(self, status: Tensor) -> None:
         """Keeps for the next step what outlives this one, unless the status says NON_FINITE."""
 
+    def _measured(self, bucket: slice | None, measure: Callable[[slice], Tensor]) -> Tensor:
+        """The measure of a bucket, taken once; of None, their sum."""
+        if bucket is None:
+            return _sum([self._measured(bucket, measure) for bucket in self.buckets])
+        if bucket.start not in self._parts:
+            self._parts[bucket.start] = self._to_home(measure(bucket))
+        return self._parts[bucket.start]
+
+    @property
+    def _away(self) -> bool:
+        """Whether work now goes to another stream than where the store was made."""
+        return self._home is not None and torch.cuda.current_stream(self._home.device) != self._home
+
+    def _at_home(self) -> AbstractContextManager[object]:
+        """For memory that is to outlive this step."""
+        return torch.cuda.stream(self._home) if self._away else nullcontext()
+
+    def _to_home(self, result: Tensor) -> Tensor:
+        """A result, whose memory the allocator must not give out before the store's stream is done with it."""
+        if self._away:
+            result.record_stream(self._home)  # type: ignore[arg-type]  # the stub knows no Stream of torch.cuda
+        return result
+
+    def _apart(self, of_bucket: Callable[[slice], OptionalTensors]) -> OptionalTensors:
+        """The buffers of all buckets by parameter, without those that share memory."""
+        buffers: Grads = [None] * len(self.params)
+        for bucket in self.buckets:
+            buffers[bucket] = of_bucket(bucket)
+        return apart(buffers)
+
     def _write(
-        self, rows: Grads, tasks: int, table: Table, weights: Tensor, previous: Grads, buffers: OptionalTensors
+        self,
+        bucket: slice,
+        rows: Grads,
+        tasks: int,
+        table: Table,
+        weights: Tensor,
+        previous: Grads,
+        buffers: OptionalTensors,
     ) -> None:
-        """Adds the weighted sum of `rows` to `previous`, or writes it, where possible over `buffers`."""
+        """Adds the weighted sum of a bucket's `rows` to `previous`, or writes it, where possible over `buffers`, which
+        share no memory."""
+        params = self.params[bucket]
         # A parameter that was frozen on the way keeps its moving average, but gets no gradient.
-        reached = [c if p.requires_grad else None for p, c in zip(self.params, table.columns, strict=True)]
+        reached = [c if p.requires_grad else None for p, c in zip(params, table.columns, strict=True)]
         out: Grads = []
-        for p, old, column, buffer in zip(self.params, previous, reached, apart(buffers), strict=True):
+        for p, old, column, buffer in zip(params, previous, reached, buffers, strict=True):
             if old is not None or column is None:
                 out.append(old)
             else:
@@ -91,14 +178,14 @@ class TaskGradients:
             self.backend.combine_(self.backend.Table(out, 1, table), table, weights, False)
         else:
             self._write_columns(rows, tasks, weights, previous, reached, out)
-        for p, grad in zip(self.params, out, strict=True):
+        for p, grad in zip(params, out, strict=True):
             p.grad = grad
 
     def _write_columns(
         self, rows: Grads, tasks: int, weights: Tensor, previous: Grads, reached: OptionalTensors, out: Grads
     ) -> None:
         """As `_write`, where some parameters have a gradient already or are not reached by any task."""
-        params = len(self.params)
+        params = len(out)
         for accumulate in (False, True):
             columns = [p for p in range(params) if reached[p] is not None and (previous[p] is not None) == accumulate]
             if columns:
@@ -108,6 +195,10 @@ class TaskGradients:
                 table = self.backend.Table(chosen, tasks, out_table)
                 self.backend.combine_(out_table, table, weights, accumulate)
                 torch.autograd.graph.increment_version(target)
+
+
+def _sum(parts: Sequence[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.stack(list(parts)).sum(dim=0)
 
 
 @dataclass(frozen=True)
@@ -204,26 +295,50 @@ class KeptGradients(TaskGradients):
         self._dtype = dtype
         self.rows: Grads = []
         """All of them, one after the other."""
-        self._tasks = 0
-        self._table: Table | None = None
+        self._tables: dict[int, Table] = {}
         self._outgoing = outgoing
 
-    def add(self, grads: Grads) -> None:
-        self.rows += grads if self._dtype is None else _rounded(grads, self._dtype)
-        self._tasks += 1
+    def begin(self) -> None:
+        super().begin()
+        self.rows += [None] * len(self.params)
+
+    def take(self, bucket: slice, grads: Grads) -> bool:
+        row = (self._tasks - 1) * len(self.params)
+        if self._dtype is not None:
+            grads = [None if grad is None else self._to_home(grad) for grad in _rounded(grads, self._dtype)]
+        self.rows[row + bucket.start : row + bucket.stop] = grads
+        for known in (self._parts, self._tables):
+            known.pop(bucket.start, None)
+        return True
+
+    def end(self) -> None:
         if self._outgoing:
             self._outgoing.pop()
 
-    def _as_table(self) -> Table:
-        if self._table is None:
-            self._table = self.backend.Table(self.rows, self._tasks)
-        return self._table
+    def _rows_of(self, bucket: slice) -> Grads:
+        params = len(self.params)
+        starts = range(0, self._tasks * params, params)
+        return [grad for start in starts for grad in self.rows[start + bucket.start : start + bucket.stop]]
 
-    def sq_norms(self) -> Tensor:
-        return self.units.sq_norms(self.backend.sq_norms(self._as_table(), self._tasks))
+    def _table(self, bucket: slice) -> Table:
+        if self._away:
+            own: Table = self.backend.Table(self._rows_of(bucket), self._tasks)
+            return own
+        if bucket.start not in self._tables:
+            self._tables[bucket.start] = self.backend.Table(self._rows_of(bucket), self._tasks)
+        return self._tables[bucket.start]
 
-    def gram(self) -> Tensor:
-        return self.units.gram(self.backend.gram(self._as_table(), self._tasks))
+    def sq_norms(self, bucket: slice | None = None) -> Tensor:
+        return self._measured(bucket, self._sq_norms_of)
+
+    def gram(self, bucket: slice | None = None) -> Tensor:
+        return self._measured(bucket, self._gram_of)
+
+    def _sq_norms_of(self, bucket: slice) -> Tensor:
+        return self.units.sq_norms(self.backend.sq_norms(self._table(bucket), self._tasks))
+
+    def _gram_of(self, bucket: slice) -> Tensor:
+        return self.units.gram(self.backend.gram(self._table(bucket), self._tasks))
 
     def _multiply_rows(self, factors: Tensor) -> None:
         """Row k by factors_k, in place: where not sums of rows are asked for, but what their elements say."""
@@ -234,15 +349,17 @@ class KeptGradients(TaskGradients):
                 torch._foreach_mul_(present, factor)
 
     def write(self, weights: Tensor, previous: Grads) -> None:
-        table = self._as_table()
-        self._write(self.rows, self._tasks, table, self.units.on_rows(weights), previous, buffers=table.columns)
+        weights, buffers = self.units.on_rows(weights), self._apart(lambda bucket: self._table(bucket).columns)
+        for bucket in self.buckets:
+            rows, table = self._rows_of(bucket), self._table(bucket)
+            self._write(bucket, rows, self._tasks, table, weights, previous[bucket], buffers[bucket])
 
     def write_of_one_sign(self, counter: Tensor, leak: Tensor | None, previous: Grads) -> Tensor:
         """As `write`, but of each element only the rows of one drawn sign (`ops.sign_drop_`); returns its squared
         norm, [1] float64."""
         if self.units.rows is not None:
             self._multiply_rows(self.units.on_rows(torch.ones_like(self.units.rows)))
-        table = self._as_table()
+        table = self.backend.Table(self.rows, self._tasks)
         columns = zip(self.params, table.columns, apart(table.columns), strict=True)
         out = [None if column is None else _room_for_grad(p, buffer) for p, column, buffer in columns]
         sq_norm = self.backend.sign_drop_(self.backend.Table(out, 1, table), table, counter, leak)
@@ -267,7 +384,7 @@ class Row:
         self.averages = averages
 
 
-MOST_TABLES = 64
+MOST_TABLES = 1024
 """Kept from step to step; of more, as where ever other tasks are missing, none."""
 
 
@@ -283,7 +400,7 @@ class MovingAverages:
     def __init__(self, rows: Sequence[Grads] = ()) -> None:
         self._current = [Row(list(row)) for row in rows]
         self._spare = [Row([None] * len(row)) for row in rows]
-        self._tables: dict[tuple[Row, ...], Table] = {}
+        self._tables: dict[tuple[int | Row, ...], Table] = {}
         self._captured = False
 
     def __reduce__(self) -> tuple[type[MovingAverages], tuple[list[Grads]]]:
@@ -294,13 +411,13 @@ class MovingAverages:
         """The current averages."""
         return [list(row.averages) for row in self._current]
 
-    def admit(self, task: int, grads: Grads, params: Sequence[Tensor], captured: bool) -> None:
+    def admit(self, task: int, columns: slice, grads: Grads, params: Sequence[Tensor], captured: bool) -> None:
         """Makes room in `spare` for a task's gradients; raises where they do not fit what is there."""
         while task >= len(self._current):
             self._current.append(Row([None] * len(params)))
             self._spare.append(Row([None] * len(params)))
         current, spare = self._current[task].averages, self._spare[task].averages
-        for p, (average, grad) in enumerate(zip(spare, grads, strict=True)):
+        for p, (average, grad) in enumerate(zip(spare[columns], grads, strict=True), columns.start):
             if average is not None:
                 if grad is not None and average.dtype is not grad.dtype and average.dtype is not _wide(grad):
                     raise ValueError(
@@ -316,35 +433,37 @@ class MovingAverages:
                 spare[p] = torch.empty_like(params[p], dtype=accumulator_dtype(params[p].dtype))
                 self._tables.clear()
 
-    def spare_of(self, tasks: Sequence[int]) -> Grads:
+    def spare_of(self, tasks: Sequence[int], columns: slice) -> Grads:
         """What the step writes for the tasks, one row after the other."""
-        return [average for k in tasks for average in self._spare[k].averages]
+        return [average for k in tasks for average in self._spare[k].averages[columns]]
 
-    def tables(self, backend: Backend, tasks: Sequence[int], captured: bool) -> tuple[Table, Table]:
+    def tables(self, backend: Backend, tasks: Sequence[int], columns: slice, own: bool) -> tuple[Table, Table]:
         """Those of `spare` and `current`, of the tasks."""
-        current = self._table(backend, tuple([self._current[k] for k in tasks]), captured)
-        return self.spare_table(backend, tasks, captured), current
+        current = self._table(backend, [self._current[k] for k in tasks], columns, own)
+        return self.spare_table(backend, tasks, columns, own), current
 
-    def spare_table(self, backend: Backend, tasks: Sequence[int], captured: bool) -> Table:
+    def spare_table(self, backend: Backend, tasks: Sequence[int], columns: slice, own: bool) -> Table:
         """That of `spare`, of the tasks."""
-        return self._table(backend, tuple([self._spare[k] for k in tasks]), captured)
+        return self._table(backend, [self._spare[k] for k in tasks], columns, own)
 
-    def _table(self, backend: Backend, rows: tuple[Row, ...], captured: bool) -> Table:
-        """In a captured step one of its own, which no other uses or drops."""
-        table = None if captured else self._tables.get(rows)
+    def _table(self, backend: Backend, rows: list[Row], columns: slice, own: bool) -> Table:
+        """In a captured step, or for another stream than the balancer's, an `own` one, which no other uses or drops."""
+        key = (columns.start, columns.stop, *rows)
+        table = None if own else self._tables.get(key)
         if table is None:
-            table = backend.Table([average for row in rows for average in row.averages], len(rows))
-            if not captured:
-                if len(self._tables) == MOST_TABLES:
+            table = backend.Table([average for row in rows for average in row.averages[columns]], len(rows))
+            if not own:
+                if len(self._tables) >= MOST_TABLES:
                     self._tables.clear()
-                self._tables[rows] = table
+                self._tables[key] = table
         return table
 
     def commit(self, tasks: Sequence[int], status: Tensor, backend: Backend, captured: bool) -> None:
         self._captured = self._captured or captured
         if self._captured:
             self._start_where_spare(tasks)
-        spare, current = self.tables(backend, tasks, captured)
+        everything = slice(0, len(self._spare[tasks[0]].averages))
+        spare, current = self.tables(backend, tasks, everything, captured)
         if not self._captured:
             backend.rollback_(spare, current, status)
             for k in tasks:
@@ -386,53 +505,91 @@ class AveragedGradients(TaskGradients):
         super().__init__(params, backend, units)
         self._averages, self._ids, self._decay = averages, ids, decay
         self._row_scales, self._losses = row_scales, losses
-        self._norms: list[Tensor] = []
-        self._tasks = self._averaged = 0
-        self._waiting: Grads = []
-        self._spent: Grads = [None] * len(params)  # what is in an average already: the sum may be written over it
-        self._most_waiting = rows_in_cache(params)
+        self._norms: dict[int, list[Tensor]] = {bucket.start: [] for bucket in self.buckets}
+        """By bucket, those of the rows that have been averaged, in as many pieces as `_batches`."""
+        self._averaged = self._batches = 0
+        self._at_once = rows_in_cache(params) if len(self.buckets) == 1 else 1
+        self._waiting: dict[int, Grads] = {}
+        """By bucket, the rows that have come since the last were averaged."""
+        self._norms_before: dict[int, Tensor] = {}
+        """Of what is waiting, for `row_scales`."""
+        self._spent: dict[int, Grads] = {}
+        """What is in an average already: the sum may be written over it."""
         self._captured = captures_graph(params[0].device)
 
-    def add(self, grads: Grads) -> None:
-        self._averages.admit(self._ids[self._tasks], grads, self.params, self._captured)
-        self._tasks += 1
-        self._waiting += grads
-        if self._tasks - self._averaged >= self._most_waiting:
-            self._average()
+    def begin(self) -> None:
+        super().begin()
+        self._spent = {}
 
-    def _average(self) -> None:
-        first, last = self._averaged, self._tasks
-        out, old = self._averages.tables(self.backend, self._ids[first:last], self._captured)
-        rows = self.backend.Table(self._waiting, last - first, out)
-        scales = factors = None if self.units.rows is None else self.units.rows[first:last]
+    def take(self, bucket: slice, grads: Grads) -> bool:
+        with self._at_home():
+            self._averages.admit(self._ids[self._tasks - 1], bucket, grads, self.params, self._captured)
+        waiting = self._waiting.setdefault(bucket.start, [])
+        waiting[(self._tasks - 1 - self._averaged) * len(grads) :] = grads
+        self._parts.pop(bucket.start, None)
+        if self._tasks - self._averaged < self._at_once:
+            return False
         if self._row_scales is not None:
-            sq_norms = self.backend.sq_norms(rows, last - first)
-            if factors is not None:
-                sq_norms = sq_norms * factors.square()
-            scales = self._row_scales(sq_norms, self._losses[first:last])
-            scales = scales if factors is None else scales * factors
-        self._norms.append(self.backend.ema_(out, old, rows, self._decay, last - first, scales))
-        self._averaged, self._waiting = last, []
+            self._norms_before[bucket.start] = self._norms_of_waiting(bucket)
+            return False
+        self._average(bucket)
+        return True
+
+    def end(self) -> None:
+        if self._tasks - self._averaged >= self._at_once:
+            self._average_the_rest()
+
+    def _norms_of_waiting(self, bucket: slice) -> Tensor:
+        count = self._tasks - self._averaged
+        return self._to_home(self.backend.sq_norms(self.backend.Table(self._waiting[bucket.start], count), count))
+
+    def _average(self, bucket: slice, scales: Tensor | None = None) -> None:
+        first, last = self._averaged, self._tasks
+        if scales is None and self.units.rows is not None:
+            scales = self.units.rows[first:last]
+        out, old = self._averages.tables(self.backend, self._ids[first:last], bucket, self._captured or self._away)
+        rows = self.backend.Table(self._waiting[bucket.start], last - first, out)
+        norms = self.backend.ema_(out, old, rows, self._decay, last - first, scales)
+        self._norms[bucket.start][self._batches :] = [self._to_home(norms)]
 
     def _average_the_rest(self) -> None:
-        if self._averaged < self._tasks:
-            self._spent = self._waiting[-len(self.params) :]
-            self._average()
+        if self._averaged == self._tasks:
+            return
+        scales = None
+        if self._row_scales is not None:
+            for bucket in self.buckets:
+                if bucket.start not in self._norms_before:
+                    self._norms_before[bucket.start] = self._norms_of_waiting(bucket)
+            before, rows = _sum([self._norms_before[b.start] for b in self.buckets]), slice(self._averaged, self._tasks)
+            factors = None if self.units.rows is None else self.units.rows[rows]
+            before = before if factors is None else before * factors.square()
+            scales = self._row_scales(before, self._losses[rows])
+            scales = scales if factors is None else scales * factors
+        for bucket in self.buckets:
+            if len(self._norms[bucket.start]) == self._batches:
+                self._average(bucket, scales)
+        self._spent = {b.start: self._waiting[b.start][b.start - b.stop :] for b in self.buckets}
+        self._waiting, self._norms_before = {}, {}
+        self._averaged, self._batches = self._tasks, self._batches + 1
 
-    def _as_table(self) -> Table:
-        return self._averages.spare_table(self.backend, self._ids, self._captured)
+    def _table(self, bucket: slice) -> Table:
+        return self._averages.spare_table(self.backend, self._ids, bucket, self._captured or self._away)
 
-    def sq_norms(self) -> Tensor:
-        self._average_the_rest()
-        return self._norms[0] if len(self._norms) == 1 else torch.cat(self._norms)
+    def sq_norms(self, bucket: slice | None = None) -> Tensor:
+        if bucket is None:
+            self._average_the_rest()
+        return self._measured(bucket, lambda bucket: torch.cat(self._norms[bucket.start]))
 
-    def gram(self) -> Tensor:
-        self._average_the_rest()
-        return self.backend.gram(self._as_table(), self._tasks)
+    def gram(self, bucket: slice | None = None) -> Tensor:
+        if bucket is None:
+            self._average_the_rest()
+        return self._measured(bucket, lambda bucket: self.backend.gram(self._table(bucket), self._tasks))
 
     def write(self, weights: Tensor, previous: Grads) -> None:
-        rows, table = self._averages.spare_of(self._ids), self._as_table()
-        self._write(rows, self._tasks, table, self.units.in_grad(weights), previous, buffers=self._spent)
+        weights, buffers = self.units.in_grad(weights), self._apart(lambda bucket: self._spent[bucket.start])
+        for bucket in self.buckets:
+            rows, table = self._averages.spare_of(self._ids, bucket), self._table(bucket)
+            self._write(bucket, rows, self._tasks, table, weights, previous[bucket], buffers[bucket])
 
     def commit(self, status: Tensor) -> None:
         self._averages.commit(self._ids, status, self.backend, self._captured)
@@ -455,16 +612,21 @@ class SquaredGradients(KeptGradients):
         super().__init__(params, backend, units, outgoing, dtype)
         self._squares, self._ids, self._captured = squares, ids, captures_graph(params[0].device)
 
-    def add(self, grads: Grads) -> None:
-        self._squares.admit(self._ids[self._tasks], grads, self.params, self._captured)
-        super().add(grads)
+    def take(self, bucket: slice, grads: Grads) -> bool:
+        with self._at_home():
+            self._squares.admit(self._ids[self._tasks - 1], bucket, grads, self.params, self._captured)
+        super().take(bucket, grads)
+        return self.units.rows is None  # else all rows must be multiplied first
 
-    def excess(self) -> Tensor:
+    def excess(self, bucket: slice | None = None) -> Tensor:
         if self.units.rows is not None:
             self._multiply_rows(self.units.rows)
             self.units = Units(grad=self.units.grad)
-        out, old = self._squares.tables(self.backend, self._ids, self._captured)
-        rows = self.backend.Table(self.rows, self._tasks, out)
+        return self._measured(bucket, self._excess_of)
+
+    def _excess_of(self, bucket: slice) -> Tensor:
+        out, old = self._squares.tables(self.backend, self._ids[: self._tasks], bucket, self._captured or self._away)
+        rows = self.backend.Table(self._rows_of(bucket), self._tasks, out)
         return self.backend.accumulate_squares_(out, old, rows, EXCESS_EPS, self._tasks)
 
     def commit(self, status: Tensor) -> None:
@@ -487,31 +649,48 @@ class RunningSum(TaskGradients):
         super().__init__(params, backend, units)
         self._weight, self._factor = weight, factor
         self._sum: Grads = [None] * len(params)
+        self._row: dict[int, Grads] = {}
         self._norms: list[Tensor] = []
 
-    def add(self, grads: Grads) -> None:
-        norm, k = self.backend.sq_norms(self.backend.Table(grads, 1), 1), len(self._norms)
+    def take(self, bucket: slice, grads: Grads) -> bool:
+        self._row[bucket.start] = grads
+        self._parts[bucket.start] = self._to_home(self.backend.sq_norms(self.backend.Table(grads, 1), 1))
+        return False
+
+    def end(self) -> None:
+        norm, k = _sum([self._parts[bucket.start] for bucket in self.buckets]), len(self._norms)
         factor = None if self.units.rows is None else self.units.rows[k : k + 1]
         if factor is not None:
             norm = norm * factor.square()
         self._norms.append(norm)
         weight = self._weight(norm) if factor is None else self._weight(norm) * factor
-        started = [p for p, g in enumerate(grads) if g is not None and self._sum[p] is not None]
-        starting = [p for p, g in enumerate(grads) if g is not None and self._sum[p] is None]
-        own = apart(grads) if starting else grads
+        row: Grads = [None] * len(self.params)
+        for bucket in self.buckets:
+            row[bucket] = self._row.pop(bucket.start)
+        own = apart(row)
+        for bucket in self.buckets:
+            self._add(bucket, row[bucket], own[bucket], weight)
+
+    def _add(self, bucket: slice, grads: Grads, own: OptionalTensors, weight: Tensor) -> None:
+        """Adds a bucket of the row; the sum may start in gradients that are `own`, and share no memory."""
+        start = bucket.start
+        started = [p for p, g in enumerate(grads, start) if g is not None and self._sum[p] is not None]
+        starting = [p for p, g in enumerate(grads, start) if g is not None and self._sum[p] is None]
         for p in starting:
-            g = grads[p]
+            g = grads[p - start]
             assert g is not None
-            self._sum[p] = g if g is own[p] and g.dtype is _wide(g) else torch.empty_like(g, dtype=_wide(g))
+            self._sum[p] = g if g is own[p - start] and g.dtype is _wide(g) else torch.empty_like(g, dtype=_wide(g))
         for columns, accumulate in ((started, True), (starting, False)):
             if columns:
                 out = self.backend.Table([self._sum[p] for p in columns], 1)
-                row = self.backend.Table([grads[p] for p in columns], 1, out)
+                row = self.backend.Table([grads[p - start] for p in columns], 1, out)
                 self.backend.combine_(out, row, weight, accumulate)
 
-    def sq_norms(self) -> Tensor:
+    def sq_norms(self, bucket: slice | None = None) -> Tensor:
         return torch.cat(self._norms)
 
     def write(self, weights: Tensor, previous: Grads) -> None:
-        table, factor = self.backend.Table(self._sum, 1), self.units.in_grad(self._factor(self.sq_norms()))
-        self._write(self._sum, 1, table, factor, previous, buffers=self._sum)
+        factor = self.units.in_grad(self._factor(self.sq_norms()))
+        for bucket in self.buckets:
+            rows = self._sum[bucket]
+            self._write(bucket, rows, 1, self.backend.Table(rows, 1), factor, previous[bucket], buffers=rows)

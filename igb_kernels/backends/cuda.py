@@ -22,8 +22,8 @@ from igb_kernels.backends._layout import DTYPE_CODES, Rows
 native: Any = getattr(_native.module, "cuda", None)
 """The compiled kernels; None in a build without nvcc."""
 
-KEPT_TABLES = 32
-"""How many pointer tables stay on the devices for the next steps: those of a few balancers."""
+KEPT_TABLES = 512
+"""How many pointer tables stay on the devices for the next steps: a few for each bucket of a few balancers."""
 
 _kept: dict[object, _DeviceTable] = {}
 _kept_lock = Lock()

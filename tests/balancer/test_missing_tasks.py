@@ -83,10 +83,10 @@ def test_every_method_and_rule_is_there():
 class Run:
     """A balancer over a model of three tasks that is told of `ids` alone, or of all with the others missing."""
 
-    def __init__(self, name: str, ids: Sequence[int] = ALL, heads: str = "scaled") -> None:
+    def __init__(self, name: str, ids: Sequence[int] = ALL, heads: str = "scaled", capture: str = "passes") -> None:
         self.net, self.ids = make_net(), ids
         own = {"heads": heads, "task_parameters": self.net.own} if heads == "weighted" else {}
-        self.balancer = igb.Balancer(**CASES[name](ids), shared=self.net.shared, **own)
+        self.balancer = igb.Balancer(**CASES[name](ids), shared=self.net.shared, capture=capture, **own)
 
     def losses(self, seed: int, there: Sequence[int]) -> list[Tensor | None]:
         losses = self.net.losses(seed)
@@ -148,6 +148,17 @@ def test_steps_without_a_task_are_those_of_the_others(name, heads):
         if seed in (1, 3):
             some.balancer.end_epoch()
             alone.balancer.end_epoch()
+
+
+@pytest.mark.parametrize(
+    "name", ["db_mtl", "moco", "excess_mtl", "nash_mtl", "grad_norm", "db_mtl beta 0", "grad_drop"]
+)
+def test_hooks_capture_the_tasks_that_are_there(name):
+    passes, hooks = Run(name), Run(name, capture="hooks")
+    for seed, there in enumerate([SOME, (1,), ALL, (1, 2), (1,), SOME]):
+        (want, want_grads), (found, grads) = passes.step(seed, there), hooks.step(seed, there)
+        torch.testing.assert_close(found.weights, want.weights, rtol=1e-6, atol=1e-9)
+        torch.testing.assert_close(grads, want_grads, rtol=1e-4, atol=1e-6)
 
 
 def of_tasks(name: str, state: Any, ids: Sequence[int], key: str = "", head: int = 0) -> Any:

@@ -7,14 +7,14 @@ import weakref
 
 import pytest
 import torch
-from balancer.models import TASKS, grads_of, make_net
+from balancer.models import TASKS, grads_of, make_net, same
 from balancer.oracle import CASES
 from balancer.test_step import play
 from oracle import assert_one_sign
 from samplers import LAYOUTS, gradients, per_task_of
 
 import igb_kernels as igb
-from igb_kernels import Status, _native, balancer, ops
+from igb_kernels import Status, _native, balancer, ops, store
 from igb_kernels.backends import cuda, resolve
 
 pytestmark = pytest.mark.skipif(_native.module is None, reason=str(_native.reason))
@@ -216,6 +216,21 @@ def test_a_non_finite_step_leaves_the_state(name):
             balanced.backward([losses[0] * torch.nan, *losses[1:]] if step == 1 else losses)
         grads[backend] = grads_of(net.shared)
     torch.testing.assert_close(grads["cuda"], grads["reference"], rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["db_mtl", "db_mtl beta 0", "emtl", "imtl_g", "nash_mtl every 3"])
+def test_hooks_give_the_bits_of_passes(name, monkeypatch):
+    monkeypatch.setitem(store.BUCKET_BYTES, "cpu", 100)
+    monkeypatch.setattr(balancer, "rows_in_cache", lambda params: 1)
+    found = []
+    for capture in ("passes", "hooks"):
+        net = make_net("conv")
+        balanced = igb.Balancer(**CASES[name].make(), shared=net.shared, backend="cuda", capture=capture)
+        for step in range(3):
+            net.zero_grad()
+            balanced.backward(net.losses(step))
+        found.append([[p.grad for p in net.parameters()], balanced.state_dict()])
+    assert same(*found)
 
 
 # ---- Tables ------------------------------------------------------------------------------------------------------

@@ -38,12 +38,14 @@ def make_net(
     return DeviceNet(kind, tasks).to(device, dtype)
 
 
-def balancer_of(case: Case, net: Net, backend: str, convention: str = "scaled") -> igb.Balancer:
+def balancer_of(
+    case: Case, net: Net, backend: str, convention: str = "scaled", capture: str = "passes"
+) -> igb.Balancer:
     own = {"heads": "weighted", "task_parameters": net.own} if convention == "weighted" else {}
     arguments = case.make()
     if isinstance(rule := arguments.get("losses"), igb.IMTLL):
         arguments["losses"] = igb.IMTLL(len(rule.log_scales), device=net.shared[0].device)
-    return igb.Balancer(**arguments, shared=net.shared, backend=backend, **own)
+    return igb.Balancer(**arguments, shared=net.shared, backend=backend, capture=capture, **own)
 
 
 def grads_of(params: Sequence[Tensor]) -> Tensor:

@@ -12,7 +12,7 @@ from balancer.models import TASKS
 from balancer.oracle import CASES, STORES
 
 import igb_kernels as igb
-from igb_kernels import ops
+from igb_kernels import ops, store
 from igb_kernels.backends import cuda
 from igb_kernels.status import UsableSteps
 
@@ -101,6 +101,60 @@ def test_another_stream(gpu_backend, name):
         take(other, twin, seed)
     torch.cuda.current_stream().wait_stream(side)
     assert torch.equal(grads_of(net.shared), grads_of(twin.shared))
+
+
+def wide_net() -> DeviceNet:
+    """Large enough that a bucket's work takes longer than the next layer's pass."""
+    torch.manual_seed(0)
+    layers = [torch.nn.Linear(a, b) for a, b in ((6, 1500), (1500, 1500), (1500, 1500), (1500, 5))]
+    return DeviceNet("mlp", encoder=torch.nn.Sequential(*layers)).to("cuda")
+
+
+@pytest.mark.parametrize("buckets_of", [1, 10 << 20])
+@pytest.mark.parametrize("own_stream", [False, True])
+@pytest.mark.parametrize("name", [*STORES, "db_mtl sigma"])
+def test_hooks_give_the_bits_of_passes(gpu_backend, monkeypatch, name, own_stream, buckets_of):
+    """The side stream reads what is there, and nothing is given out again before it has."""
+    monkeypatch.setitem(store.BUCKET_BYTES, "cuda", buckets_of)
+    found = []
+    for capture in ("passes", "hooks"):
+        net = wide_net()
+        balancer = balancer_of(CASES[name], net, gpu_backend, capture=capture)
+        stream = torch.cuda.Stream() if own_stream else torch.cuda.current_stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for seed in range(8):
+                take(balancer, net, seed, spoil=seed == 5)
+                with torch.no_grad():
+                    for p in net.parameters():
+                        p -= 1e-3 * p.grad.nan_to_num(0).clamp(-1, 1)
+                found.append([capture, grads_of(net.shared), *(p.detach().clone() for p in net.parameters())])
+        torch.cuda.current_stream().wait_stream(stream)
+    torch.cuda.synchronize()
+    for ours, theirs in zip(found[8:], found[:8], strict=True):
+        assert all(torch.equal(a.nan_to_num(7), b.nan_to_num(7)) for a, b in zip(ours[1:], theirs[1:], strict=True))
+
+
+def test_buckets_are_worked_on_beside_the_pass(cuda_backend):
+    """Kernels of the balancer overlap with those of the backward pass, on another stream."""
+    net = wide_net()
+    balancer = igb.Balancer("db_mtl", shared=net.shared, backend=cuda_backend, capture="hooks")
+    for seed in range(3):
+        take(balancer, net, seed)
+    assert len(store.buckets_of(net.shared)) == 1
+    assert balancer._capture._side is None
+    small = {**store.BUCKET_BYTES, "cuda": 1 << 20}
+    store_bytes, store.BUCKET_BYTES = store.BUCKET_BYTES, small
+    try:
+        with torch.profiler.profile() as profiler:
+            for seed in range(3):
+                take(balancer, net, seed)
+            torch.cuda.synchronize()
+    finally:
+        store.BUCKET_BYTES = store_bytes
+    kernels = [e for e in profiler.events() if e.device_type is torch.autograd.DeviceType.CUDA]
+    streams = {e.device_resource_id for e in kernels if "update_partial" in e.name}
+    assert len(streams) == 2, "watched passes average on the step's stream, others on the side stream"
 
 
 @pytest.mark.parametrize("name", ["db_mtl", "imtl_g"])
@@ -201,13 +255,16 @@ def test_steady_steps_put_no_table_on_the_device(cuda_backend, monkeypatch, name
 # ---- CUDA graphs -------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("capture", ["passes", "hooks"])
 @pytest.mark.parametrize("convention", ["scaled", "weighted"])
 @pytest.mark.parametrize("name", [name for name in CASES if name not in (*ON_THE_HOST, "igb_v1", "igb_v1+db_mtl")])
-def test_a_captured_step(cuda_backend, rows_at_once, name, convention):
+def test_a_captured_step(cuda_backend, rows_at_once, monkeypatch, name, convention, capture):
     """Forward pass, backward passes and balancing in one graph; replays, a non-finite one and steps outside of it
     follow each other as steps do."""
+    if capture == "hooks":
+        monkeypatch.setitem(store.BUCKET_BYTES, "cuda", 100)
     net, twin = make_net(), make_net()
-    balancer, other = (balancer_of(CASES[name], n, cuda_backend, convention) for n in (net, twin))
+    balancer, other = (balancer_of(CASES[name], n, cuda_backend, convention, capture) for n in (net, twin))
     x, y = net.batch(0)
 
     def step(balancer_: igb.Balancer, net_: DeviceNet) -> igb.balancer.BalanceResult:

@@ -38,8 +38,9 @@ ALLOWED = {
     "gradients": OPERATIONS | {"losses"},  # a method names the loss balancing that is part of it
     "capture": FOUNDATION,
     "store": OPERATIONS,
+    "hooks": FOUNDATION | {"capture", "store"},
     "result": FOUNDATION,
-    "balancer": OPERATIONS | {"losses", "gradients", "capture", "store", "result"},
+    "balancer": OPERATIONS | {"losses", "gradients", "capture", "store", "hooks", "result"},
     "methods": {"gradients", "losses"},
     "__init__": {"ops", "backends", "balancer", "gradients", "losses", "status", "result"},
     "integrations": OPERATIONS | {"losses", "gradients", "balancer", "result"},

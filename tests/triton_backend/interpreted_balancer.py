@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from balancer.models import make_net
+from balancer.models import make_net, same
 from balancer.oracle import CASES
 from balancer.test_step import play
 
@@ -20,6 +20,20 @@ def test_every_method(name, rows, monkeypatch):
     monkeypatch.setattr(store, "rows_in_cache", lambda params: rows)
     monkeypatch.setattr(balancer, "rows_in_cache", lambda params: rows)
     play(CASES[name], make_net("conv"), torch.float32, "scaled", backend="triton")
+
+
+@pytest.mark.parametrize("name", ["db_mtl", "emtl", "imtl_g"])
+def test_hooks_give_the_bits_of_passes(name, monkeypatch):
+    monkeypatch.setitem(store.BUCKET_BYTES, "cpu", 300)
+    found = []
+    for capture in ("passes", "hooks"):
+        net = make_net()
+        balanced = igb.Balancer(**CASES[name].make(), shared=net.shared, backend="triton", capture=capture)
+        for step in range(2):
+            net.zero_grad()
+            balanced.backward(net.losses(step))
+        found.append([[p.grad for p in net.parameters()], balanced.state_dict()])
+    assert same(*found)
 
 
 def test_mixed_dtypes_added_to_gradients_that_were_there():
