@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from igb_kernels._compile import keep_saved_tensors, uncompiled
 from igb_kernels._log import warn_once
+from igb_kernels.active import ActiveTasks
 from igb_kernels.backends import Backend, captures_graph, resolve
 from igb_kernels.capture import (
     GradsSetAside,
@@ -44,6 +45,8 @@ from igb_kernels.store import (
 )
 
 HEADS = ("scaled", "weighted")
+MOST_SETS = 1024
+"""Of tasks that take part in a step; more are not kept."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +54,8 @@ class _Step:
     """What the passes of a step share."""
 
     tasks: TaskLosses
+    ids: Sequence[int]
+    """The tasks that any of the micro-batches had."""
     losses: Tensor
     """Of all micro-batches, [K]."""
     scales: Tensor
@@ -93,7 +98,7 @@ class Balancer:
     With the backend "cuda", a step waits for nothing, and can be part of a CUDA graph, together with the passes before
     and after it. Take a few steps before the capture: the first one makes the state. Replays advance the state as steps
     do, and both may follow each other; after `load_state_dict`, capture anew. Where the host decides what a step does,
-    capturing it raises: with NashMTL's `update_every` above 1, and with IGBv1 until its base losses are known; so does
+    capturing it raises: with NashMTL's `update_every` above 1, and with IGBv1(steps=n) before n steps; so does
     DB-MTL where a parameter gets its first gradient. The other backends solve the K×K problem on the host, and wait.
 
     Models, heads and losses may be compiled, and so may be the function that calls `backward`, which breaks its graph.
@@ -116,6 +121,7 @@ class Balancer:
         heads: what task-specific parameters get. "scaled": the gradient of their own scaled loss s_k L_k, as the
             papers do. "weighted": that of w_k s_k L_k, as the shared parameters do; needs `task_parameters`.
         task_parameters: the task-specific parameters, for `heads="weighted"`; an iterable or a module.
+        tasks: the tasks' names, or their number K, where the first step does not have them all; else it says so.
         backend: "auto", or a name from `igb_kernels.backends()`.
         bank_dtype: torch.bfloat16 halves the memory of methods that keep K gradients: each that is float32 is rounded
             after its pass (to 2^-8 of every element), and the rounded ones are measured and combined, in float32.
@@ -142,6 +148,7 @@ class Balancer:
         shared: Iterable[Tensor] | nn.Module,
         heads: str = "scaled",
         task_parameters: Iterable[Tensor] | nn.Module | None = None,
+        tasks: Iterable[str] | int | None = None,
         backend: str = "auto",
         bank_dtype: torch.dtype | None = None,
         capture: str = "passes",
@@ -170,12 +177,16 @@ class Balancer:
             raise ValueError(f"capture must be one of {tuple(CAPTURES)}, found {capture!r}")
         self.capture = capture
         self._capture: Capture = CAPTURES[capture](self.shared)
-        self._tasks: int | None = None
-        self._names: tuple[str, ...] | None = None
+        self._given_tasks, self._given_names = _known_tasks(tasks)
+        self._tasks: int | None = None  # from the first step on
+        self._names = self._given_names
+        self._last: tuple[int, ...] | None = None  # the tasks of the last step, None: all
+        self._sets: dict[tuple[int, ...], ActiveTasks] = {}
         self._averages = MovingAverages()
         self._accumulated: Accumulated | None = None
         self._outgoing: list[Grads] | None = [] if self.shared[0].device.type == "cpu" else None
-        self._head_leaves: list[Tensor] | None = None
+        self._head_leaves: list[Tensor] = []
+        self._unreached: set[int] | None = None  # the tasks whose heads are not among them; None: all tasks
 
     @uncompiled
     def backward(
@@ -190,7 +201,9 @@ class Balancer:
 
         Args:
             losses: K scalar tensors in a list, or a dict by task name, or one 1-D tensor (best made by torch.stack);
-                on the device of the shared parameters. Not scaled by the scaler.
+                on the device of the shared parameters, not scaled by the scaler. None in a list, a name that a dict
+                does not have, or a loss that does not require grad is a missing task: the step is one of the others
+                alone, and the state of the missing ones stays as it is.
             scaler: the GradScaler of a training with float16 autocast. The passes are run with its factor, and `.grad`
                 holds it, as after `scaler.scale(loss).backward()`; losses, norms and state are what they are without.
                 A step that overflows reaches `.grad` as NaN or infinity, so that the scaler skips it, and leaves the
@@ -209,24 +222,29 @@ class Balancer:
             Whatever raises, `.grad` of the shared parameters (and of the heads that the first step reached) and the
             balancer's state stay as they were; only what `accumulate` has gathered is dropped where a pass raises.
         """
-        tasks = self._read(losses, self._names, "losses")
+        tasks = self._read(losses, "losses")
         names = self._names or tasks.names
-        others = [self._read(batch, names, f"independent[{i}]", len(tasks)) for i, batch in enumerate(independent)]
+        others = [self._read_other(batch, names, f"independent[{i}]", tasks) for i, batch in enumerate(independent)]
         if others and (not self.gradients.crosses or len(others) > 2 or self._accumulated is not None):
             rule = f"stay empty: {self.gradients.name} needs none"
             if self.gradients.crosses:
                 rule = "hold at most two batches" if self._accumulated is None else "stay empty after accumulate()"
             raise ValueError(f"independent must {rule}; found {len(others)}")
-        if captures_graph(self.shared[0].device):
+        captured = captures_graph(self.shared[0].device)
+        if self._accumulated is None:
+            self._set_active(tasks.active, tasks, captured)
+        if captured:
             self._check_capture()
         factor = _loss_factor(scaler, tasks.values.device)
         with self._undone_if_it_raises():
             self._start(tasks)
             if self._accumulated is not None:
                 self._accumulate(tasks, factor, retain_graph)
+                ids = tuple(self._accumulated.ids)
+                self._set_active(ids if len(ids) < tasks.total else None, tasks, captured)
             result = self._step(tasks, others, factor, retain_graph)
         self._names = self._names or tasks.names
-        self._accumulated = None
+        self._accumulated, self._last = None, result.active
         return result
 
     @uncompiled
@@ -248,11 +266,12 @@ class Balancer:
 
         Args:
             losses, scaler, retain_graph: as for `backward`; the scaler must be the same until then, without an update.
+                A task may be missing in some of the micro-batches; the step has those that were in any.
 
         Raises:
             ValueError, TypeError: as `backward`. Where a pass raises, what has been accumulated is dropped.
         """
-        tasks = self._read(losses, self._names, "losses")
+        tasks = self._read(losses, "losses")
         if captures_graph(self.shared[0].device):
             raise RuntimeError("accumulate cannot be captured in a CUDA graph: gradients are kept on the host's side")
         with self._undone_if_it_raises():
@@ -261,15 +280,15 @@ class Balancer:
         self._names = self._names or tasks.names
 
     def _accumulate(self, tasks: TaskLosses, factor: Tensor | None, retain_graph: bool) -> None:
-        self._accumulated, so_far = None, self._accumulated or Accumulated()
+        self._accumulated, so_far = None, self._accumulated
         params = [*self.shared, *self._head_params()]
         seeds = torch.ones_like(tasks.values) if factor is None else factor.expand(len(tasks))
+        onto = () if so_far is None else so_far.rows_of(tasks.ids, len(params))
         with GradsSetAside(params) as before:
-            passes = task_passes(tasks, seeds, params, retain_graph, onto=so_far.rows)
-            rows = list(passes)
+            rows = list(task_passes(tasks, seeds, params, retain_graph, onto=onto))
             before.put_back()
-        losses = tasks.values if so_far.losses is None else so_far.losses + tasks.values
-        self._accumulated = Accumulated(rows, losses)
+        batch = Accumulated(tasks.ids, rows, tasks.values)
+        self._accumulated = batch if so_far is None else so_far.followed_by(batch)
 
     @contextmanager
     def _undone_if_it_raises(self) -> Iterator[None]:
@@ -287,40 +306,67 @@ class Balancer:
         """Tells the losses after the optimizer's step, on the same batch: FAMO learns from them, other rules do not.
 
         Args:
-            losses: as for `backward`, but without need for a graph.
+            losses: as for `backward`, but without need for a graph. What tasks had none there is not read.
 
         Raises:
             ValueError, TypeError: for losses that do not fit those of `backward`.
             RuntimeError: before the first step.
         """
-        tasks = self._read(losses, self._names, "losses", need_graph=False)
         if self._tasks is None:
+            self._read(losses, "losses", need_graph=False)
             raise RuntimeError("after_step comes after backward, which has not been called")
-        self._check_number(tasks)
-        self.losses.after_step(tasks.values)
+        only = range(self._tasks) if self._last is None else self._last
+        tasks = self._read(losses, "losses", need_graph=False, only=only)
+        self.losses.after_step(tasks.values, self._run)
 
     def _read(
         self,
         losses: Losses,
-        names: tuple[str, ...] | None,
         argument: str,
-        expected: int | None = None,
         *,
         need_graph: bool = True,
+        only: Sequence[int] | None = None,
     ) -> TaskLosses:
         """The losses of one batch, checked."""
-        tasks = TaskLosses(losses, names, argument, need_graph=need_graph)
+        known = None
+        if self._tasks is not None:
+            known = self._tasks, "as in earlier steps"
+        elif self._given_tasks is not None:
+            known = self._given_tasks, "as Balancer(tasks=...) says"
+        tasks = TaskLosses(losses, self._names, argument, need_graph=need_graph, only=only, tasks=known)
+        self._check_device(tasks, argument)
+        return tasks
+
+    def _read_other(self, batch: Losses, names: tuple[str, ...] | None, argument: str, first: TaskLosses) -> TaskLosses:
+        """The losses of an independent batch, checked."""
+        tasks = TaskLosses(batch, names, argument, tasks=(first.total, "as losses does"))
+        self._check_device(tasks, argument)
+        if tasks.active != first.active:
+            expected, found = (range(first.total) if t.active is None else t.active for t in (first, tasks))
+            raise ValueError(f"{argument} must have the tasks {[*expected]} as losses does, found {[*found]}")
+        return tasks
+
+    def _check_device(self, tasks: TaskLosses, argument: str) -> None:
         if tasks.values.device != self.shared[0].device:
             raise ValueError(
                 f"{argument} must be on {self.shared[0].device} like the shared parameters, found {tasks.values.device}"
             )
-        if expected is not None and len(tasks) != expected:
-            raise ValueError(f"{argument} must hold {expected} tasks as losses does, found {len(tasks)}")
-        return tasks
 
-    def _check_number(self, tasks: TaskLosses) -> None:
-        if len(tasks) != self._tasks:
-            raise ValueError(f"losses must hold {self._tasks} tasks as in earlier steps, found {len(tasks)}")
+    def _set_active(self, ids: tuple[int, ...] | None, tasks: TaskLosses, captured: bool) -> None:
+        """Tells rule and method which tasks the step has."""
+        active = None
+        if ids is not None:
+            if ids not in self._sets:
+                if captured:
+                    raise RuntimeError(
+                        f"a step of the tasks {[*ids]} alone cannot be captured in a CUDA graph before an ordinary one "
+                        "of the same tasks"
+                    )
+                if len(self._sets) == MOST_SETS:
+                    self._sets.clear()
+                self._sets[ids] = ActiveTasks.of(ids, tasks.total, tasks.values.device)
+            active = self._sets[ids]
+        self.losses.active = self.gradients.active = active
 
     @property
     def _run(self) -> Backend:
@@ -335,25 +381,32 @@ class Balancer:
 
     def _start(self, tasks: TaskLosses) -> None:
         if self._tasks is None:
-            self._tasks, self._names = len(tasks), tasks.names
-            self.losses.start(len(tasks), tasks.values.device)
-            self.gradients.start(len(tasks), self.shared[0].device)
+            self._tasks, self._names, self._unreached = tasks.total, self._names or tasks.names, None
+            self.losses.start(self._tasks, tasks.values.device)
+            self.gradients.start(self._tasks, self.shared[0].device)
             if self.bank_dtype is not None and not self._keeps_gradients():
                 raise ValueError(f"bank_dtype must be None for {self.gradients!r}, which keeps no gradients")
-        self._check_number(tasks)
-        if self._head_leaves is None and self.heads == "scaled":
-            shared = {id(p) for p in self.shared}
-            self._head_leaves = [p for p in leaves(tasks) if isinstance(p, nn.Parameter) and id(p) not in shared]
+        if self._unreached is None or not self._unreached.isdisjoint(tasks.ids):
+            self._find_heads(tasks)
+
+    def _find_heads(self, tasks: TaskLosses) -> None:
+        """The task-specific parameters of tasks that have not been there before."""
+        if self._unreached is None:
+            self._unreached = set(range(tasks.total))
+        if self.heads == "scaled":
+            known = {id(p) for p in [*self.shared, *self._head_leaves]}
+            self._head_leaves += [p for p in leaves(tasks) if isinstance(p, nn.Parameter) and id(p) not in known]
+        self._unreached.difference_update(tasks.ids)
 
     def _head_params(self) -> list[Tensor]:
-        return self.task_parameters or self._head_leaves or []
+        return self.task_parameters or self._head_leaves
 
     def _step(
         self, tasks: TaskLosses, others: Sequence[TaskLosses], factor: Tensor | None, retain_graph: bool
     ) -> BalanceResult:
-        rows, losses = None, tasks.values
-        if self._accumulated is not None and self._accumulated.losses is not None:
-            rows, losses = self._accumulated.rows, self._accumulated.losses
+        ids, rows, losses = tasks.ids, None, tasks.values
+        if self._accumulated is not None:
+            ids, rows, losses = self._accumulated.ids, self._accumulated.rows, self._accumulated.losses
         scales, loss_status = self.losses.scales(losses, self._run)
         seeds = scales if factor is None else scales * factor.to(scales.dtype)
         units = _units(factor, scales, rows is not None)
@@ -363,7 +416,7 @@ class Balancer:
             GradsSetAside(self._head_params()) as heads,
             GradsSetAside(learned) as learned_grads,
         ):
-            step = _Step(tasks, losses, scales, seeds, units, rows, retain_graph, shared, heads)
+            step = _Step(tasks, ids, losses, scales, seeds, units, rows, retain_graph, shared, heads)
             done = self._passes(step, others)
             status = done.status | loss_status
             if factor is not None:
@@ -378,7 +431,18 @@ class Balancer:
                 if p.grad is not None and factor is not None:
                     p.grad.mul_(factor)
             learned_grads.add_back()
-        return BalanceResult(tasks.names, losses, scales, done.weights, status, done.measured)
+        active = self.losses.active
+        if active is None:
+            return BalanceResult(tasks.names, losses, scales, done.weights, status, done.measured)
+        return BalanceResult(
+            names=tasks.names,
+            losses=active.spread(losses, torch.nan),
+            scales=active.spread(scales),
+            weights=active.spread(done.weights),
+            status=status,
+            measured=None if done.measured is None else active.spread(done.measured),
+            active=active.ids,
+        )
 
     def _passes(self, step: _Step, others: Sequence[TaskLosses]) -> _Outcome:
         """The passes that the method's next step needs, and `.grad` from them."""
@@ -418,7 +482,8 @@ class Balancer:
                 if head_rows is not None:
                     head_rows.add(row[params:])
             return
-        for _ in self._capture.fill(rows, backward_passes(step.tasks, step.seeds, step.retain_graph), measure):
+        passes = backward_passes(step.tasks, step.seeds, step.retain_graph)
+        for _ in self._capture.fill(rows, passes, step.ids, measure):
             if head_rows is not None:
                 head_rows.add(take_grads(self.task_parameters, "task_parameters"))
 
@@ -479,7 +544,7 @@ class Balancer:
 
     def _weighted_pass(self, step: _Step, weights: Tensor) -> None:
         """The update by weights known before: one pass, and one for heads that take no weights."""
-        weighted, leaves_of_heads = step.seeds * weights.to(step.seeds.dtype), self._head_leaves or []
+        weighted, leaves_of_heads = step.seeds * weights.to(step.seeds.dtype), self._head_leaves
         if self.heads == "weighted" or not leaves_of_heads:
             joint_pass(step.tasks, weighted, step.retain_graph)
             return
@@ -532,9 +597,9 @@ class Balancer:
         decay = method.ema_decay()
         if decay is not None:
             scales = method.row_scales()
-            return AveragedGradients(self.shared, run, self._averages, decay, scales, step.losses, units)
+            return AveragedGradients(self.shared, run, self._averages, step.ids, decay, scales, step.losses, units)
         if method.needs() is Needs.EXCESS:
-            return SquaredGradients(self.shared, run, self._averages, units, self._outgoing, self.bank_dtype)
+            return SquaredGradients(self.shared, run, self._averages, step.ids, units, self._outgoing, self.bank_dtype)
         streams = method.needs() is Needs.RUNNING_NORMS and step.rows is None
         if streams and rows_in_cache(self.shared) < len(step.tasks):
             return RunningSum(self.shared, run, method.running_weight, method.running_factor, units)
@@ -576,7 +641,8 @@ class Balancer:
             "options": self._options(),
             "losses": self.losses.state_dict(),
             "gradients": self.gradients.state_dict(),
-            "averages": [list(row) for row in self._averages.current.rows],
+            "averages": self._averages.rows(),
+            "last": self._last,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -591,6 +657,11 @@ class Balancer:
                 f"the state is of {'+'.join(state['method'])}, "
                 f"this balancer is {self.losses.name}+{self.gradients.name}"
             )
+        if state["tasks"] is not None and self._given_tasks not in (None, state["tasks"]):
+            raise ValueError(f"the state has {state['tasks']} tasks, Balancer(tasks=...) says {self._given_tasks}")
+        names = None if state["names"] is None else tuple(state["names"])
+        if names is not None and self._given_names not in (None, names):
+            raise ValueError(f"the state has the tasks {names}, Balancer(tasks=...) says {self._given_names}")
         expected = [(tuple(p.shape), accumulator_dtype(p.dtype)) for p in self.shared]
         for row in state["averages"]:
             found = [None if average is None else (tuple(average.shape), average.dtype) for average in row]
@@ -602,7 +673,8 @@ class Balancer:
         self.losses.load_state_dict(state["losses"])
         self.gradients.load_state_dict(state["gradients"])
         self._tasks = state["tasks"]
-        self._names = None if state["names"] is None else tuple(state["names"])
+        self._names = names or self._given_names
+        self._last = None if state.get("last") is None else tuple(state["last"])
         self._averages = MovingAverages(state["averages"])
 
     def _options(self) -> list[str]:
@@ -610,7 +682,12 @@ class Balancer:
 
     def __getstate__(self) -> dict[str, Any]:
         """For copies and pickles: all but what the next step finds or makes anew."""
-        return {**vars(self), "_head_leaves": None, "_outgoing": None if self._outgoing is None else []}
+        return {
+            **vars(self),
+            "_head_leaves": [],
+            "_unreached": None,
+            "_outgoing": None if self._outgoing is None else [],
+        }
 
     def __repr__(self) -> str:
         return (
@@ -694,6 +771,20 @@ def _rule(name: str) -> LossBalancer:
         example = f"losses={rule.__name__}(num_tasks=...)"
         raise ValueError(f"{name} has a parameter for each task: pass {example} instead of its name")
     return rule()
+
+
+def _known_tasks(given: Iterable[str] | int | None) -> tuple[int | None, tuple[str, ...] | None]:
+    """The number of tasks and their names, as far as they are known before the first step."""
+    if given is None or (isinstance(given, int) and not isinstance(given, bool)):
+        if given is not None and given < 1:
+            raise ValueError(f"tasks must be at least 1, found {given}")
+        return given, None
+    if isinstance(given, str) or not isinstance(given, Iterable):
+        raise TypeError(f"tasks must be the tasks' names or their number, found {given!r}")
+    names = tuple(given)
+    if not names or len(set(names)) < len(names):
+        raise ValueError(f"tasks must name at least one task, and each once, found {list(names)}")
+    return len(names), names
 
 
 def _parameters(argument: str, given: Iterable[Tensor] | nn.Module) -> list[Tensor]:

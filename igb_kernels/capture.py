@@ -6,7 +6,7 @@ its buffer over without a copy, and it is right also for tied weights and parame
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial, reduce
 from types import TracebackType
 from typing import cast
@@ -18,11 +18,14 @@ from torch.autograd.graph import GradientEdge, Node
 from igb_kernels._compile import REMEDY, is_about_donated_buffers
 from igb_kernels._log import warn_once
 
-Losses = Sequence[Tensor] | Mapping[str, Tensor] | Tensor
+Losses = Sequence[Tensor | None] | Mapping[str, Tensor | None] | Tensor
 
 
 class TaskLosses:
-    """K losses: their names, values, and the graph nodes from which their backward passes start."""
+    """The losses of a step: the tasks' names, values, and the graph nodes from which backward passes start.
+
+    A task without a loss, or with one that does not require grad, is missing; everything here is of the others alone.
+    """
 
     def __init__(
         self,
@@ -31,41 +34,57 @@ class TaskLosses:
         argument: str = "losses",
         *,
         need_graph: bool = True,
+        only: Sequence[int] | None = None,
+        tasks: tuple[int, str] | None = None,
     ) -> None:
-        """Reads and checks `losses`, which messages call `argument`; `names` are those known before, if any.
+        """Reads and checks `losses`, which messages call `argument`.
 
-        Without need for a graph there are only names and values.
+        Args:
+            names: those known before, if any.
+            need_graph: without, there are only names and values.
+            only: reads no other tasks than these, which must be there.
+            tasks: K and where that is known from, if it is.
         """
-        self._argument, self._need_graph = argument, need_graph
+        self._argument, self._need_graph, self._only = argument, need_graph, only
         self.names: tuple[str, ...] | None = None
         if isinstance(losses, Mapping):
             self.names = tuple(losses) if names is None else names
-            if set(self.names) != set(losses):
+            if unknown := [name for name in losses if name not in self.names]:
                 raise ValueError(
-                    f"{argument} must have the tasks {list(self.names)} of earlier steps, found {list(losses)}"
+                    f"{argument} must have no other tasks than {list(self.names)}, found {unknown}: name those that "
+                    "come later by Balancer(tasks=[...])"
                 )
-            losses = [losses[name] for name in self.names]
+            losses = [losses.get(name) for name in self.names]
         self._whole: Tensor | None = None
+        self.active: tuple[int, ...] | None = None
+        """The tasks that are there, None: all."""
         if isinstance(losses, Tensor):
-            self._read_vector(losses)
+            self._read_vector(losses, tasks)
         else:
-            self._read_scalars(losses)
+            self._read_scalars(list(losses), tasks)
 
-    def _read_scalars(self, losses: Iterable[Tensor]) -> None:
-        scalars = list(losses)
-        if not scalars:
+    def _read_scalars(self, losses: list[Tensor | None], tasks: tuple[int, str] | None) -> None:
+        if not losses:
             raise ValueError(f"{self._argument} must hold at least one loss, found none")
-        for k, loss in enumerate(scalars):
+        scalars: list[Tensor] = []
+        ids: list[int] = []
+        for k, loss in enumerate(losses):
+            if loss is None or (self._only is not None and k not in self._only):
+                continue
             if not isinstance(loss, Tensor):
-                raise TypeError(f"{self._label(k)} must be a tensor, found {type(loss).__name__}")
+                raise TypeError(f"{self._label(k)} must be a tensor or None, found {type(loss).__name__}")
             if loss.numel() != 1:
                 raise ValueError(f"{self._label(k)} must be a scalar, found shape {tuple(loss.shape)}")
             if not loss.dtype.is_floating_point:
                 raise TypeError(f"{self._label(k)} must have a floating dtype, found {loss.dtype}")
             if self._need_graph and not loss.requires_grad:
-                raise ValueError(f"{self._label(k)} must require grad: it does not depend on any parameter")
-            if loss.device != scalars[0].device:
+                continue
+            if scalars and loss.device != scalars[0].device:
                 raise ValueError(f"{self._label(k)} must be on {scalars[0].device} like the first, found {loss.device}")
+            scalars.append(loss)
+            ids.append(k)
+        self._check_number(len(losses), tasks)
+        self._check_there(ids)
         self.roots: list[Tensor | GradientEdge] = list(scalars)
         self._alike = all(loss.dim() == 0 and loss.dtype is scalars[0].dtype for loss in scalars)
         with torch.no_grad():
@@ -75,39 +94,72 @@ class TaskLosses:
                 dtype = reduce(torch.promote_types, (loss.dtype for loss in scalars))
                 self.values = torch.stack([loss.reshape(()).to(dtype) for loss in scalars])
 
-    def _read_vector(self, losses: Tensor) -> None:
+    def _read_vector(self, losses: Tensor, tasks: tuple[int, str] | None) -> None:
         if losses.dim() != 1 or len(losses) == 0:
             raise ValueError(
                 f"{self._argument} must be a 1-D tensor of at least one loss, found shape {tuple(losses.shape)}"
             )
         if not losses.dtype.is_floating_point:
             raise TypeError(f"{self._argument} must have a floating dtype, found {losses.dtype}")
+        self._check_number(len(losses), tasks)
         self.values, self.roots = losses.detach(), [losses] * len(losses)
         if not self._need_graph:
-            return
-        if not losses.requires_grad or losses.grad_fn is None:
+            ids = list(range(len(losses)) if self._only is None else self._only)
+        elif not losses.requires_grad or losses.grad_fn is None:
             raise ValueError(f"{self._argument} must require grad: they do not depend on any parameter")
-        node: Node = losses.grad_fn
-        edges = node.next_functions if node.name() == "StackBackward0" else ()
-        for k, (function, _) in enumerate(edges):
-            if function is None:
-                raise ValueError(f"{self._label(k)} must require grad: it does not depend on any parameter")
-        if len(edges) == len(losses):
-            # Each stacked scalar starts its own pass; through the stack node, every pass would run all K heads.
-            self.roots = [GradientEdge(function, output) for function, output in edges if function is not None]
         else:
-            warn_once(
-                "losses came as one tensor that torch.stack did not make: every backward pass runs all tasks' heads. "
-                "A list of scalar losses avoids that"
-            )
-            self._whole = losses
+            node: Node = losses.grad_fn
+            edges = node.next_functions if node.name() == "StackBackward0" else ()
+            if len(edges) == len(losses):
+                # Each stacked scalar starts its own pass; through the stack node, every pass would run all K heads.
+                ids = [k for k, (function, _) in enumerate(edges) if function is not None]
+                self.roots = [GradientEdge(function, output) for function, output in edges if function is not None]
+            else:
+                warn_once(
+                    "losses came as one tensor that torch.stack did not make: every backward pass runs all tasks' "
+                    "heads. A list of scalar losses avoids that"
+                )
+                ids, self._whole = list(range(len(losses))), losses
+        self._check_there(ids)
+        if len(ids) < len(losses):
+            self.values = torch.stack([self.values[k] for k in ids])
         self._alike = True
 
+    def _check_number(self, found: int, tasks: tuple[int, str] | None) -> None:
+        self.total = found
+        """K, with the tasks that are missing."""
+        if tasks is not None and found != tasks[0]:
+            raise ValueError(
+                f"{self._argument} must hold {tasks[0]} tasks {tasks[1]}, found {found}; None stands for a missing one"
+            )
+
+    def _check_there(self, ids: list[int]) -> None:
+        """Notes which tasks are there; ValueError where none is, or not those that must be."""
+        if self._only is not None and len(ids) != len(self._only):
+            raise ValueError(
+                f"{self._argument} must hold the losses of the tasks {[self._name(k) for k in self._only]} as the last "
+                f"step's did, found those of {[self._name(k) for k in ids]}"
+            )
+        if not ids:
+            rule = "one loss that requires grad" if self._need_graph else "one loss"
+            raise ValueError(f"{self._argument} must hold at least {rule}, found {self.total} tasks without")
+        if len(ids) < self.total:
+            self.active = tuple(ids)
+
+    def _name(self, k: int) -> str | int:
+        return k if self.names is None else self.names[k]
+
     def _label(self, k: int) -> str:
-        return f"{self._argument}[{k if self.names is None else repr(self.names[k])}]"
+        return f"{self._argument}[{self._name(k)!r}]"
 
     def __len__(self) -> int:
+        """A, the tasks that are there."""
         return len(self.roots)
+
+    @property
+    def ids(self) -> Sequence[int]:
+        """The tasks that are there, ascending."""
+        return range(self.total) if self.active is None else self.active
 
     def seeds(self, scales: Tensor) -> list[Tensor]:
         """The seed of each pass from the loss scales [K]."""

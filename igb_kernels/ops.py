@@ -20,6 +20,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from igb_kernels.active import ActiveTasks
 from igb_kernels.backends import OptionalTensors, reference, resolve
 
 NAMESPACE = "igb_kernels"
@@ -38,44 +39,60 @@ InitialState = Callable[[int, Mapping[str, float]], list[float]]
 # ---- Methods and rules register what `solve` and `loss_scales` need to know of them -----------------------------
 
 
-@dataclass(frozen=True)
-class Solver:
-    """What `solve` knows of a method; the mathematics is in csrc/core and, in float64 PyTorch, in `gradients`."""
+@dataclass(frozen=True, kw_only=True)
+class Known:
+    """What `solve` knows of a method and `loss_scales` of a rule."""
 
     name: str
     options: Mapping[str, float]
+    per_task: Shape | None
+    """The shape of its own numbers for K tasks, or None where it takes none."""
+    needs_per_task: bool
+    initial_state: InitialState | None
+    state_head: int
+    """How many of the state's numbers belong to the step; behind them are rows of K, or, of pairs, K rows of K."""
+    state_of_pairs: bool
+
+    def new_state(self, tasks: int, device: torch.device, **options: float) -> Tensor | None:
+        """The state before the first step, float64, or None where there is none."""
+        if self.initial_state is None:
+            return None
+        values = self.initial_state(tasks, {**self.options, **options})
+        return torch.tensor(values, dtype=torch.float64, device=device)
+
+    def rows(self, state: Tensor, tasks: int) -> Tensor:
+        """What the state holds for each task, [..., K]."""
+        return state[self.state_head :].view(-1, tasks)
+
+    def part(self, state: Tensor, active: ActiveTasks) -> Tensor:
+        """The state of the active tasks, a copy."""
+        if len(state) == self.state_head:
+            return state.clone()
+        rows = self.rows(state, active.tasks)
+        chosen = active.part_of_pairs(rows) if self.state_of_pairs else active.part(rows)
+        return torch.cat([state[: self.state_head], chosen.flatten()])
+
+    def whole(self, state: Tensor, active: ActiveTasks, part: Tensor) -> Tensor:
+        """The state with that of the active tasks in its place, a copy."""
+        whole = state.clone()
+        whole[: self.state_head] = part[: self.state_head]
+        if len(state) > self.state_head:
+            rows, chosen = self.rows(whole, active.tasks), self.rows(part, len(active.ids))
+            _ = active.put_pairs_(rows, chosen) if self.state_of_pairs else active.put_(rows, chosen)
+        return whole
+
+
+@dataclass(frozen=True, kw_only=True)
+class Solver(Known):
+    """A method; the mathematics is in csrc/core and, in float64 PyTorch, in `gradients`."""
+
     needs_gram: bool
     needs_losses: bool
-    per_task: Shape | None
-    """The shape of the method's own numbers for K tasks, or None where it takes none."""
-    needs_per_task: bool
-    initial_state: InitialState | None
-
-    def new_state(self, tasks: int, device: torch.device, **options: float) -> Tensor | None:
-        """The state before the first step, float64, or None where the method has none."""
-        return _new_state(self, tasks, device, options)
 
 
-@dataclass(frozen=True)
-class Rule:
-    """What `loss_scales` knows of a rule."""
-
-    name: str
-    options: Mapping[str, float]
-    per_task: Shape | None
-    needs_per_task: bool
-    initial_state: InitialState | None
-
-    def new_state(self, tasks: int, device: torch.device, **options: float) -> Tensor | None:
-        """As for `Solver`."""
-        return _new_state(self, tasks, device, options)
-
-
-def _new_state(known: Solver | Rule, tasks: int, device: torch.device, options: Mapping[str, float]) -> Tensor | None:
-    if known.initial_state is None:
-        return None
-    values = known.initial_state(tasks, {**known.options, **options})
-    return torch.tensor(values, dtype=torch.float64, device=device)
+@dataclass(frozen=True, kw_only=True)
+class Rule(Known):
+    """A rule for losses; in `losses`."""
 
 
 SOLVERS: dict[str, Solver] = {}
@@ -91,16 +108,27 @@ def register_solver(
     per_task: Shape | None = None,
     needs_per_task: bool = False,
     initial_state: InitialState | None = None,
+    state_head: int = 0,
+    state_of_pairs: bool = False,
 ) -> Callable[[reference.Solver], reference.Solver]:
     """Makes a method known to `solve`; decorates its float64 reference.
 
     `options` gives order and defaults; `per_task` the shape of its own numbers for K tasks, which `solve` may get,
-    or must (`needs_per_task`).
+    or must (`needs_per_task`). For the state see `Known`.
     """
 
     def register(function: reference.Solver) -> reference.Solver:
-        solver = Solver(name, options or {}, needs_gram, needs_losses, per_task, needs_per_task, initial_state)
-        SOLVERS[name] = solver
+        solver = SOLVERS[name] = Solver(
+            name=name,
+            options=options or {},
+            needs_gram=needs_gram,
+            needs_losses=needs_losses,
+            per_task=per_task,
+            needs_per_task=needs_per_task,
+            initial_state=initial_state,
+            state_head=state_head,
+            state_of_pairs=state_of_pairs,
+        )
         reference.SOLVERS[name] = reference.KnownSolver(function, tuple(solver.options), needs_gram, needs_losses)
         return function
 
@@ -114,11 +142,20 @@ def register_rule(
     per_task: Shape | None = None,
     needs_per_task: bool = False,
     initial_state: InitialState | None = None,
+    state_head: int = 0,
 ) -> Callable[[reference.Rule], reference.Rule]:
     """Makes a loss-balancing rule known to `loss_scales`, as `register_solver` does a method."""
 
     def register(function: reference.Rule) -> reference.Rule:
-        RULES[name] = Rule(name, options or {}, per_task, needs_per_task, initial_state)
+        RULES[name] = Rule(
+            name=name,
+            options=options or {},
+            per_task=per_task,
+            needs_per_task=needs_per_task,
+            initial_state=initial_state,
+            state_head=state_head,
+            state_of_pairs=False,
+        )
         reference.RULES[name] = reference.KnownRule(function, tuple(RULES[name].options))
         return function
 
@@ -216,7 +253,7 @@ def _check_vector(op: str, name: str, t: Tensor, shape: tuple[int, ...]) -> None
 
 def _check_own(
     op: str,
-    known: Solver | Rule,
+    known: Known,
     tasks: int,
     device: torch.device,
     per_task: Tensor | None,

@@ -26,6 +26,8 @@ class BalanceResult:
     """Bits of `igb_kernels.Status`, int32 []."""
     measured: Tensor | None
     """What the weights came from, of the scaled gradients: the Gramian [K, K] or the squared norms [K], float64."""
+    active: tuple[int, ...] | None = None
+    """The tasks that took part; None: all. Missing ones have a loss of NaN, and otherwise zeros."""
 
     @property
     def total_weights(self) -> Tensor:
@@ -61,7 +63,12 @@ class BalanceResult:
         """Readable; waits for the device."""
         rows = zip(self.losses.tolist(), self.scales.tolist(), self.weights.tolist(), strict=True)
         lines = [
-            f"{self.names[k] if self.names else k}: loss {loss:.4g}, scale {scale:.4g}, weight {weight:.4g}"
+            f"{self.names[k] if self.names else k}: "
+            + (
+                f"loss {loss:.4g}, scale {scale:.4g}, weight {weight:.4g}"
+                if self.active is None or k in self.active
+                else "missing"
+            )
             for k, (loss, scale, weight) in enumerate(rows)
         ]
         return "\n".join([*lines, f"status: {self.flags.name or 'ordinary'}"])

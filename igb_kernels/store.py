@@ -205,10 +205,28 @@ def _sum(parts: Sequence[Tensor]) -> Tensor:
 class Accumulated:
     """What micro-batches leave for the step that balances their sums."""
 
-    rows: Sequence[Grads] = ()
-    """Each task's gradients of its unscaled losses."""
-    losses: Tensor | None = None
+    ids: Sequence[int]
+    """The tasks that there were, ascending."""
+    rows: Sequence[Grads]
+    """Their gradients of unscaled losses."""
+    losses: Tensor
     """[K]."""
+
+    def rows_of(self, ids: Sequence[int], params: int) -> list[Grads]:
+        """The tasks' gradients so far, also of parameters that came to be known since."""
+        known: dict[int, Grads] = dict(zip(self.ids, self.rows, strict=True))
+        return [[*(row := known.get(k, [])), *[None] * (params - len(row))] for k in ids]
+
+    def followed_by(self, batch: Accumulated) -> Accumulated:
+        """With the losses of a batch whose gradients were added to those of its tasks here."""
+        if batch.ids == self.ids:
+            return Accumulated(self.ids, batch.rows, self.losses + batch.losses)
+        ids = sorted({*self.ids, *batch.ids})
+        rows = dict(zip(ids, self.rows_of(ids, len(batch.rows[0])), strict=True))
+        losses = dict(zip(self.ids, self.losses.unbind(), strict=True))
+        for k, row, loss in zip(batch.ids, batch.rows, batch.losses.unbind(), strict=True):
+            rows[k], losses[k] = row, losses[k] + loss if k in losses else loss
+        return Accumulated(tuple(ids), list(rows.values()), torch.stack([losses[k] for k in ids]))
 
 
 EXCESS_EPS = 1e-7
@@ -359,65 +377,46 @@ class KeptGradients(TaskGradients):
             self._outgoing[:] = [self.rows[k * params : (k + 1) * params] for k in range(1, self._tasks)]
 
 
-class Bank:
-    """K rows of moving averages, None where no gradient has come yet, and their tables: the buffers stay in place."""
+class Row:
+    """The moving averages of one task, None where no gradient has come yet; a key of tables, the buffers stay."""
 
-    def __init__(self, rows: Sequence[Grads] = ()) -> None:
-        self.rows = [list(row) for row in rows]
-        self._tables: dict[tuple[int, int, int, int], Table] = {}
+    def __init__(self, averages: Grads) -> None:
+        self.averages = averages
 
-    def __reduce__(self) -> tuple[type[Bank], tuple[list[Grads]]]:
-        """For copies and pickles: tables hold addresses, and are made anew."""
-        return Bank, (self.rows,)
 
-    def row(self, task: int, params: int) -> Grads:
-        if task == len(self.rows):
-            self.rows.append([None] * params)
-        return self.rows[task]
-
-    def flat(self, first: int, last: int, columns: slice) -> Grads:
-        return [average for row in self.rows[first:last] for average in row[columns]]
-
-    def table(self, backend: Backend, first: int, last: int, columns: slice, own: bool) -> Table:
-        """The table of rows first to last - 1; in a captured step, or for another stream than the balancer's, an `own`
-        one, which no other uses or drops."""
-        key = (first, last, columns.start, columns.stop)
-        table: Table | None = None if own else self._tables.get(key)
-        if table is None:
-            table = backend.Table(self.flat(first, last, columns), last - first)
-            assert table is not None
-            if not own:
-                self._tables[key] = table
-        return table
-
-    def start_where(self, other: Bank) -> None:
-        """Starts with zeros the averages that only `other` has."""
-        for row, others in zip(self.rows, other.rows, strict=True):
-            for p, average in enumerate(others):
-                if average is not None and row[p] is None:
-                    row[p] = torch.zeros_like(average)
-                    self._tables.clear()
-
-    def allocate(self, task: int, p: int, like: Tensor) -> None:
-        self.rows[task][p] = torch.empty_like(like, dtype=accumulator_dtype(like.dtype))
-        self._tables.clear()
+MOST_TABLES = 4096
+"""Kept from step to step; of more, as where ever other tasks are missing, none."""
 
 
 class MovingAverages:
-    """What outlives the step: the current averages, and a second set of buffers for the next ones.
+    """What outlives the step: each task's current averages, and a second set of buffers for the next ones.
 
-    A step reads `current` and writes `spare`; the two change places when it is done. So a step that raises leaves the
-    averages as they were, and one that turns out non-finite can put them back without a host sync. The replays of a
-    CUDA graph cannot change places: from the first capture on, what is in `spare` is copied instead.
+    A step reads `current` and writes `spare`; of the step's tasks, the two change places when it is done. So a step
+    that raises leaves the averages as they were, and one that turns out non-finite can put them back without a host
+    sync. The replays of a CUDA graph cannot change places: from the first capture on, what is in `spare` is copied
+    instead.
     """
 
     def __init__(self, rows: Sequence[Grads] = ()) -> None:
-        self.current, self.spare = Bank(rows), Bank()
+        self._current = [Row(list(row)) for row in rows]
+        self._spare = [Row([None] * len(row)) for row in rows]
+        self._tables: dict[tuple[tuple[Row, ...], int, int], Table] = {}
         self._captured = False
+
+    def __reduce__(self) -> tuple[type[MovingAverages], tuple[list[Grads]]]:
+        """For copies and pickles: tables hold addresses, and are made anew."""
+        return MovingAverages, (self.rows(),)
+
+    def rows(self) -> list[Grads]:
+        """The current averages."""
+        return [list(row.averages) for row in self._current]
 
     def admit(self, task: int, columns: slice, grads: Grads, params: Sequence[Tensor], captured: bool) -> None:
         """Makes room in `spare` for a task's gradients; raises where they do not fit what is there."""
-        current, spare = self.current.row(task, len(params)), self.spare.row(task, len(params))
+        while task >= len(self._current):
+            self._current.append(Row([None] * len(params)))
+            self._spare.append(Row([None] * len(params)))
+        current, spare = self._current[task].averages, self._spare[task].averages
         for p, (average, grad) in enumerate(zip(spare[columns], grads, strict=True), columns.start):
             if average is not None:
                 if grad is not None and average.dtype is not grad.dtype and average.dtype is not _wide(grad):
@@ -431,25 +430,57 @@ class MovingAverages:
                         f"shared[{p}] gets its first gradient of task {task} in a captured step: take steps before "
                         "the capture that reach every parameter"
                     )
-                self.spare.allocate(task, p, params[p])
+                spare[p] = torch.empty_like(params[p], dtype=accumulator_dtype(params[p].dtype))
+                self._tables.clear()
 
-    def tables(self, backend: Backend, first: int, last: int, columns: slice, own: bool) -> tuple[Table, Table]:
-        """Those of `spare` and `current`, rows first to last - 1."""
-        spare, current = (bank.table(backend, first, last, columns, own) for bank in (self.spare, self.current))
-        return spare, current
+    def spare_of(self, tasks: Sequence[int], columns: slice) -> Grads:
+        """What the step writes for the tasks, one row after the other."""
+        return [average for k in tasks for average in self._spare[k].averages[columns]]
 
-    def commit(self, status: Tensor, backend: Backend, captured: bool) -> None:
+    def tables(self, backend: Backend, tasks: Sequence[int], columns: slice, own: bool) -> tuple[Table, Table]:
+        """Those of `spare` and `current`, of the tasks."""
+        current = self._table(backend, tuple([self._current[k] for k in tasks]), columns, own)
+        return self.spare_table(backend, tasks, columns, own), current
+
+    def spare_table(self, backend: Backend, tasks: Sequence[int], columns: slice, own: bool) -> Table:
+        """That of `spare`, of the tasks."""
+        return self._table(backend, tuple([self._spare[k] for k in tasks]), columns, own)
+
+    def _table(self, backend: Backend, rows: tuple[Row, ...], columns: slice, own: bool) -> Table:
+        """In a captured step, or for another stream than the balancer's, its `own`, which no other uses or drops."""
+        key = (rows, columns.start, columns.stop)
+        table = None if own else self._tables.get(key)
+        if table is None:
+            table = backend.Table([average for row in rows for average in row.averages[columns]], len(rows))
+            assert table is not None
+            if not own:
+                if len(self._tables) == MOST_TABLES:
+                    self._tables.clear()
+                self._tables[key] = table
+        return table
+
+    def commit(self, tasks: Sequence[int], status: Tensor, backend: Backend, captured: bool) -> None:
         self._captured = self._captured or captured
         if self._captured:
-            self.current.start_where(self.spare)
-        everything = slice(0, max(map(len, self.spare.rows)))
-        spare, current = self.tables(backend, 0, len(self.spare.rows), everything, captured)
+            self._start_where_spare(tasks)
+        everything = slice(0, max(len(self._spare[k].averages) for k in tasks))
+        spare, current = self.tables(backend, tasks, everything, captured)
         if not self._captured:
             backend.rollback_(spare, current, status)
-            self.current, self.spare = self.spare, self.current
+            for k in tasks:
+                self._current[k], self._spare[k] = self._spare[k], self._current[k]
             return
         usable = (status & int(Status.NON_FINITE)) ^ int(Status.NON_FINITE)
         backend.rollback_(current, spare, usable)  # of a usable step, what it wrote
+
+    def _start_where_spare(self, tasks: Sequence[int]) -> None:
+        """Starts with zeros the averages that only `spare` has."""
+        for k in tasks:
+            current, spare = self._current[k].averages, self._spare[k].averages
+            for p, average in enumerate(spare):
+                if average is not None and current[p] is None:
+                    current[p] = torch.zeros_like(average)
+                    self._tables.clear()
 
 
 RowScales = Callable[[Tensor, Tensor], Tensor]
@@ -465,14 +496,15 @@ class AveragedGradients(TaskGradients):
         params: Sequence[Tensor],
         backend: Backend,
         averages: MovingAverages,
+        ids: Sequence[int],
         decay: Tensor,
         row_scales: RowScales | None,
         losses: Tensor,
         units: Units,
     ) -> None:
-        """`row_scales` gives the factors on the gradients that enter the averages."""
+        """`ids` are the tasks whose gradients come; `row_scales` gives the factors on those that enter the averages."""
         super().__init__(params, backend, units)
-        self._averages, self._decay = averages, decay
+        self._averages, self._ids, self._decay = averages, ids, decay
         self._row_scales, self._losses = row_scales, losses
         self._norms: dict[int, list[Tensor]] = {bucket.start: [] for bucket in self.buckets}
         """By bucket, those of the rows that have been averaged, in as many pieces as `_batches`."""
@@ -492,7 +524,7 @@ class AveragedGradients(TaskGradients):
 
     def take(self, bucket: slice, grads: Grads) -> bool:
         with self._at_home():
-            self._averages.admit(self._tasks - 1, bucket, grads, self.params, self._captured)
+            self._averages.admit(self._ids[self._tasks - 1], bucket, grads, self.params, self._captured)
         waiting = self._waiting.setdefault(bucket.start, [])
         waiting[(self._tasks - 1 - self._averaged) * len(grads) :] = grads
         self._parts.pop(bucket.start, None)
@@ -516,7 +548,8 @@ class AveragedGradients(TaskGradients):
         first, last = self._averaged, self._tasks
         if scales is None and self.units.rows is not None:
             scales = self.units.rows[first:last]
-        out, old = self._averages.tables(self.backend, first, last, bucket, self._captured or self._away)
+        own = self._captured or self._away
+        out, old = self._averages.tables(self.backend, self._ids[first:last], bucket, own)
         rows = self.backend.Table(self._waiting[bucket.start], last - first, out)
         norms = self.backend.ema_(out, old, rows, self._decay, last - first, scales)
         self._norms[bucket.start][self._batches :] = [self._to_home(norms)]
@@ -542,7 +575,7 @@ class AveragedGradients(TaskGradients):
         self._averaged, self._batches = self._tasks, self._batches + 1
 
     def _table(self, bucket: slice) -> Table:
-        return self._averages.spare.table(self.backend, 0, self._tasks, bucket, self._captured or self._away)
+        return self._averages.spare_table(self.backend, self._ids, bucket, self._captured or self._away)
 
     def sq_norms(self, bucket: slice | None = None) -> Tensor:
         if bucket is None:
@@ -557,11 +590,11 @@ class AveragedGradients(TaskGradients):
     def write(self, weights: Tensor, previous: Grads) -> None:
         weights, buffers = self.units.in_grad(weights), self._apart(lambda bucket: self._spent[bucket.start])
         for bucket in self.buckets:
-            rows, table = self._averages.spare.flat(0, self._tasks, bucket), self._table(bucket)
+            rows, table = self._averages.spare_of(self._ids, bucket), self._table(bucket)
             self._write(bucket, rows, self._tasks, table, weights, previous[bucket], buffers[bucket])
 
     def commit(self, status: Tensor) -> None:
-        self._averages.commit(status, self.backend, self._captured)
+        self._averages.commit(self._ids, status, self.backend, self._captured)
 
 
 class SquaredGradients(KeptGradients):
@@ -572,16 +605,18 @@ class SquaredGradients(KeptGradients):
         params: Sequence[Tensor],
         backend: Backend,
         squares: MovingAverages,
+        ids: Sequence[int],
         units: Units,
         outgoing: list[Grads] | None,
         dtype: torch.dtype | None,
     ) -> None:
+        """`ids` are the tasks whose gradients come."""
         super().__init__(params, backend, units, outgoing, dtype)
-        self._squares, self._captured = squares, captures_graph(params[0].device)
+        self._squares, self._ids, self._captured = squares, ids, captures_graph(params[0].device)
 
     def take(self, bucket: slice, grads: Grads) -> bool:
         with self._at_home():
-            self._squares.admit(self._tasks - 1, bucket, grads, self.params, self._captured)
+            self._squares.admit(self._ids[self._tasks - 1], bucket, grads, self.params, self._captured)
         super().take(bucket, grads)
         return self.units.rows is None  # else all rows must be multiplied first
 
@@ -592,13 +627,13 @@ class SquaredGradients(KeptGradients):
         return self._measured(bucket, self._excess_of)
 
     def _excess_of(self, bucket: slice) -> Tensor:
-        out, old = self._squares.tables(self.backend, 0, self._tasks, bucket, self._captured or self._away)
+        out, old = self._squares.tables(self.backend, self._ids, bucket, self._captured or self._away)
         rows = self.backend.Table(self._rows_of(bucket), self._tasks, out)
         return self.backend.accumulate_squares_(out, old, rows, EXCESS_EPS, self._tasks)
 
     def commit(self, status: Tensor) -> None:
         super().commit(status)
-        self._squares.commit(status, self.backend, self._captured)
+        self._squares.commit(self._ids, status, self.backend, self._captured)
 
 
 class RunningSum(TaskGradients):

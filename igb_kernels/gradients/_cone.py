@@ -26,7 +26,7 @@ class ConeProjection(GradientBalancer):
         return {"reg_eps": self.reg_eps}
 
     def per_task(self) -> Tensor | None:
-        return self.preference
+        return None if self.preference is None else self.of_step(self.preference)
 
     def start(self, tasks: int, device: torch.device) -> None:
         """See the base class; ValueError where the preference is not for this number of tasks."""

@@ -54,7 +54,7 @@ class AlignedMTL(GradientBalancer):
         return {"scale": float(SCALES.index(self.scale))}
 
     def per_task(self) -> Tensor | None:
-        return self.preference
+        return None if self.preference is None else self.of_step(self.preference)
 
     def start(self, tasks: int, device: torch.device) -> None:
         super().start(tasks, device)

@@ -10,9 +10,11 @@ import torch
 from torch import Tensor
 
 from igb_kernels import ops
+from igb_kernels.active import ActiveTasks
 from igb_kernels.backends import Backend
 from igb_kernels.card import Card
 from igb_kernels.losses import LossBalancer, Unscaled
+from igb_kernels.status import Status
 
 
 class Needs(enum.Enum):
@@ -36,6 +38,9 @@ class GradientBalancer:
     """Turns what is known of K gradients into K weights; the update of the shared parameters is Σ_k w_k g_k.
 
     A method is its name in `ops.solve`, options and state. It never sees parameters or gradients.
+
+    In a step where tasks are missing, Gramian, losses and weights are those of the `active` ones alone, [A] for [K];
+    state and numbers for each task are of all K, and what belongs to missing tasks stays as it is.
     """
 
     name: ClassVar[str]
@@ -47,7 +52,9 @@ class GradientBalancer:
 
     def __init__(self) -> None:
         self.state: Tensor | None = None
-        self._next_state: Tensor | None = None
+        self._next_state: Tensor | None = None  # of the step's tasks
+        self.active: ActiveTasks | None = None
+        """The tasks of the step; None: all. Set before everything else in it."""
 
     def options(self) -> dict[str, float]:
         """The method's options, in the order in which it was registered."""
@@ -58,8 +65,12 @@ class GradientBalancer:
         return Needs.GRAM
 
     def per_task(self) -> Tensor | None:
-        """The method's numbers for each task, or None."""
+        """The method's numbers for each of the step's tasks, or None."""
         return None
+
+    def of_step(self, values: Tensor) -> Tensor:
+        """Of numbers for all tasks [..., K], those for the step's."""
+        return values if self.active is None else self.active.part(values)
 
     def default_losses(self) -> LossBalancer:
         """The loss balancing that is part of the method, used when the user names none."""
@@ -93,7 +104,7 @@ class GradientBalancer:
         return self._solve(measured, losses if ops.SOLVERS[self.name].needs_losses else None, backend)
 
     def _solve(self, measured: Tensor, losses: Tensor | None, backend: Backend) -> tuple[Tensor, Tensor]:
-        self._next_state = None if self.state is None else self.state.clone()
+        self._next_state = None if self.state is None else self._narrowed(self.state)
         options = list(self.options().values())
         return backend.solve(self.name, measured, losses, self.per_task(), options, self._next_state)
 
@@ -129,8 +140,26 @@ class GradientBalancer:
 
     def commit(self, status: Tensor) -> None:
         """Makes the state that `solve` left the current one; `status` is the finished step's, int32 []."""
-        if self.state is not None and self._next_state is not None and self._next_state is not self.state:
-            self.state.copy_(self._next_state)  # in place, where the replays of a CUDA graph read it
+        if self.state is None or self._next_state is None or self._next_state is self.state:
+            return
+        # In place, where the replays of a CUDA graph read it.
+        if self.active is None:
+            self.state.copy_(self._next_state)
+        else:
+            failed = (status & int(Status.NON_FINITE)) != 0
+            self.state.copy_(torch.where(failed, self.state, self._widened(self.state, self._next_state, self.active)))
+
+    def _narrowed(self, state: Tensor) -> Tensor:
+        """The state of the step's tasks, a copy."""
+        return state.clone() if self.active is None else self._part(state, self.active)
+
+    def _part(self, state: Tensor, active: ActiveTasks) -> Tensor:
+        """The state of the active tasks, a copy."""
+        return ops.SOLVERS[self.name].part(state, active)
+
+    def _widened(self, state: Tensor, part: Tensor, active: ActiveTasks) -> Tensor:
+        """The state with that of the active tasks in its place, a copy."""
+        return ops.SOLVERS[self.name].whole(state, active, part)
 
     def end_epoch(self) -> None:
         """Called by `Balancer.end_epoch`."""

@@ -45,7 +45,7 @@ class ConFIG(GradientBalancer):
         self.preference = check_preference(preference)
 
     def per_task(self) -> Tensor | None:
-        return self.preference
+        return None if self.preference is None else self.of_step(self.preference)
 
     def start(self, tasks: int, device: torch.device) -> None:
         super().start(tasks, device)

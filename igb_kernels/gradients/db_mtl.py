@@ -101,6 +101,7 @@ class DBMTL(GradientBalancer):
     "db_mtl",
     options={"beta": 0.9, "sigma": 0.0, "eps": 1e-8, "relative_eps": 0.0, "bias_correction": 0.0},
     initial_state=lambda tasks, options: [0.0, options["beta"], 1.0],
+    state_head=3,
 )
 def _reference(problem: Problem) -> tuple[Tensor, Status]:
     options, state = problem.options, problem.state

@@ -73,7 +73,10 @@ class EMTL(GradientBalancer):
 
     def solve(self, measured: Tensor, losses: Tensor, scales: Tensor, backend: Backend) -> tuple[Tensor, Tensor]:
         # The norms are of scaled gradients; the same scale on the losses makes r_k the raw ratio.
-        excess = (losses.double() - self.lower).clamp_min(0) if self._has_lower else losses
+        excess = losses
+        if self._has_lower:
+            lower = self.of_step(self.lower) if self.lower.dim() == 1 else self.lower
+            excess = (losses.double() - lower).clamp_min(0)
         return self._solve(measured, excess.double() * scales, backend)
 
 

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from igb_kernels import ops
+from igb_kernels.active import ActiveTasks
 from igb_kernels.backends.reference import Problem
 from igb_kernels.card import Card
 from igb_kernels.gradients._reference import measure
@@ -51,6 +52,13 @@ class ExcessMTL(GradientBalancer):
 
     def needs(self) -> Needs:
         return Needs.EXCESS
+
+    def _widened(self, state: Tensor, part: Tensor, active: ActiveTasks) -> Tensor:
+        # Only what the step's tasks have together is shared out among them anew.
+        before = active.part(state.view(2, -1)[1])
+        part = part.view(2, -1).clone()
+        part[1] += before.logsumexp(0) - part[1].logsumexp(0)
+        return super()._widened(state, part.flatten(), active)
 
 
 @ops.register_solver(

@@ -65,7 +65,7 @@ class GradDrop(GradientBalancer):
             self.state = torch.tensor([drawn_seed(self.seed), 0], dtype=torch.float64, device=device)
 
     def leak(self) -> Tensor | None:
-        return self._leak
+        return None if self._leak is None else self.of_step(self._leak)
 
     def counter(self) -> Tensor:
         """Seed and step of the random numbers, float64 [2]."""
@@ -76,7 +76,7 @@ class GradDrop(GradientBalancer):
         return f"GradDrop(leak={None if self._leak is None else self._leak.tolist()}, seed={self.seed})"
 
 
-@ops.register_solver("grad_drop", initial_state=lambda tasks, options: [0.0, 0.0])
+@ops.register_solver("grad_drop", initial_state=lambda tasks, options: [0.0, 0.0], state_head=2)
 def _reference(problem: Problem) -> tuple[Tensor, Status]:
     assert problem.state is not None  # checked by the op
     problem.state[1] += 1

@@ -17,8 +17,8 @@ from igb_kernels.gradients.base import GradientBalancer, Needs, check_number
 from igb_kernels.losses.learned import check_num_tasks
 from igb_kernels.status import UNUSABLE, Status
 
-KNOWN, STEPS, SUMS = range(3)
-"""Layout of the state: L(0) is sums / steps; behind the K sums is the parameter's gradient, K."""
+KNOWN, STEPS, SUMS, GRADIENT = range(4)
+"""Rows of the state, of K numbers each: L(0) is sums / steps; the gradient is the parameter's."""
 FORMS = ("softmax", "direct")
 INITIAL_LOSSES = ("first", "epoch")
 
@@ -34,14 +34,15 @@ class GradNorm(GradientBalancer):
         balancer = igb_kernels.Balancer(GradNorm(num_tasks=3), shared=encoder.parameters())
         optimizer = torch.optim.Adam([{"params": model.parameters()}, *balancer.param_groups()])
 
-    The rates are those of the raw losses, whatever loss balancing is in front. A task with L(0) ≤ 0 has r = 1.
+    The rates are those of the raw losses, whatever loss balancing is in front. A task with L(0) ≤ 0, or whose L(0) is
+    not known yet, has r = 1. In a step where tasks are missing, the sum of the others' weights is their number.
 
     Args:
         num_tasks: K.
         alpha: how strongly weights follow the rates; 0: equal norms.
-        initial_losses: what L(0) is. "first": the losses of the first step that could be used. "epoch": their mean over
-            the first epoch, told by `Balancer.end_epoch`; until then weights are 1 and the parameter's gradient is 0.
-            Or K finite numbers.
+        initial_losses: what L(0) is. "first": each task's loss in its first step that could be used. "epoch": its mean
+            over the first epoch that has the task, told by `Balancer.end_epoch`; until then (while L(0) is known of no
+            task of the step) weights are 1 and the parameter's gradient is 0. Or K finite numbers.
         form: what the parameter is. "softmax": logits, w = K · softmax(logits). "direct": w itself, as in the paper;
             each step cuts what is negative and makes the sum K again.
         device, dtype: of the parameter.
@@ -97,8 +98,9 @@ class GradNorm(GradientBalancer):
         """L(0) [K], float64; NaN until it is known, None before the first step."""
         if self.state is None:
             return None
-        sums = self.state[SUMS : SUMS + len(self.parameter)]
-        return (sums / self.state[STEPS]).masked_fill(self.state[KNOWN] == 0, torch.nan)
+        known, steps, sums, _ = self.state.view(4, -1)
+        initial: Tensor = (sums / steps).masked_fill(known == 0, torch.nan)
+        return initial
 
     def options(self) -> dict[str, float]:
         return {"alpha": self.alpha, "direct": float(self.form == "direct"), "wait": float(self._waits)}
@@ -107,7 +109,7 @@ class GradNorm(GradientBalancer):
         return Needs.NORMS
 
     def per_task(self) -> Tensor | None:
-        parameter = self.parameter.detach()
+        parameter = self.of_step(self.parameter.detach())
         if self.form == "softmax":
             return parameter
         weights = parameter.clamp_min(0)  # carries NaN
@@ -126,32 +128,41 @@ class GradNorm(GradientBalancer):
         if not starts or self.state is None:
             return
         # Between steps the gradient is NaN, and stays it in a step without weights, as those of the model do.
-        self._gradient_in(self.state).fill_(torch.nan)
+        rows = self.state.view(4, -1)
+        rows[GRADIENT].fill_(torch.nan)
         if self._given is not None:
-            self.state[: SUMS + tasks] = torch.cat([torch.ones(2, dtype=torch.float64), self._given])
-
-    def _gradient_in(self, state: Tensor) -> Tensor:
-        return state[SUMS + len(self.parameter) :]
+            rows[:SUMS].fill_(1.0)
+            rows[SUMS].copy_(self._given)
 
     def solve(self, measured: Tensor, losses: Tensor, scales: Tensor, backend: Backend) -> tuple[Tensor, Tensor]:
         return self._solve(measured, losses, backend)
 
     def commit(self, status: Tensor) -> None:
         assert self._next_state is not None, "solve() comes first"
-        gradient = self._gradient_in(self._next_state)
+        gradient = self._next_state.view(4, -1)[GRADIENT]
         addend = gradient.to(self.parameter.dtype, copy=True)
         gradient.fill_(torch.nan)
         super().commit(status)
         if self.form == "direct":  # the gradient is that of the weights in use
-            weights = self.per_task()
-            assert weights is not None
-            with torch.no_grad():
-                self.parameter.copy_(torch.where((status & UNUSABLE) != 0, self.parameter, weights))
+            self._normalise(status)
+        if self.active is not None:
+            addend = self.active.spread(addend)
         self.parameter.grad = addend if self.parameter.grad is None else self.parameter.grad.add_(addend)
+
+    def _normalise(self, status: Tensor) -> None:
+        """Makes the parameter the weights in use; where tasks are missing, the others keep their sum."""
+        weights = self.per_task()
+        assert weights is not None
+        with torch.no_grad():
+            if self.active is not None:
+                total = self.of_step(self.parameter).clamp_min(0).sum()
+                weights = self.active.put_(self.parameter.clone(), weights * (total / len(weights)))
+            self.parameter.copy_(torch.where((status & UNUSABLE) != 0, self.parameter, weights))
 
     def end_epoch(self) -> None:
         if self._waits and self.state is not None:
-            self.state[KNOWN].copy_(self.state[STEPS] > 0)  # a first epoch without a usable step does not count
+            known, steps, _, _ = self.state.view(4, -1)
+            known.copy_(steps > 0)  # an epoch without a usable step does not count
 
     def parameters(self) -> list[torch.nn.Parameter]:
         return [self.parameter]
@@ -181,7 +192,7 @@ class GradNorm(GradientBalancer):
     needs_losses=True,
     per_task=lambda tasks: (tasks,),
     needs_per_task=True,
-    initial_state=lambda tasks, options: [0.0] * (SUMS + 2 * tasks),
+    initial_state=lambda tasks, options: [0.0] * (4 * tasks),
 )
 def _reference(problem: Problem) -> tuple[Tensor, Status]:
     losses, parameter, state, options = problem.losses, problem.per_task, problem.state, problem.options
@@ -191,18 +202,19 @@ def _reference(problem: Problem) -> tuple[Tensor, Status]:
     if not bool(parameter.isfinite().all()):
         return torch.full_like(parameter, torch.nan), Status.NON_FINITE
     tasks, count = measure(problem.gram), len(losses)
-    sums, gradient = state[SUMS : SUMS + count], state[SUMS + count :]
-    if not state[KNOWN]:
-        sums += losses
-        state[STEPS] += 1
-        state[KNOWN] = float(not options["wait"])
+    known, steps, sums, gradient = state.view(4, count)
+    unknown = known == 0
+    sums += torch.where(unknown, losses, 0.0)
+    steps += unknown
+    if not options["wait"]:
+        known.fill_(1.0)
     gradient.zero_()
-    if not tasks.any or not state[KNOWN]:
+    if not tasks.any or not known.any():
         return torch.ones_like(losses) if not tasks.any else tasks.active.double(), tasks.status
 
-    initial = sums / state[STEPS]
+    initial = sums / steps
     ratios = (losses.clamp_min(0) / initial).clamp_max(1e300)
-    has_rate = tasks.active & (initial > 0)
+    has_rate = tasks.active & (known != 0) & (initial > 0)
     total = ratios[has_rate].sum()
     rates = torch.where(has_rate & (total > 0), ratios / total * has_rate.sum(), 1.0)
 

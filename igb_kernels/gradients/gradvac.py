@@ -58,6 +58,8 @@ class GradVac(VisitingGradientBalancer):
     needs_gram=True,
     per_task=lambda tasks: (tasks, tasks),
     initial_state=lambda tasks, options: [0.0] * (STATE_COUNT + tasks * tasks),
+    state_head=STATE_COUNT,
+    state_of_pairs=True,
 )
 def _reference(problem: Problem) -> tuple[Tensor, Status]:
     gram, beta, eps = (problem.gram + problem.gram.T) / 2, problem.options["beta"], problem.options["eps"]

@@ -18,13 +18,13 @@ class MetaBalance(GradientBalancer):
     arXiv:2203.06801, algorithm 1, strategy C).
 
     w_k = r m_target / m_k + (1 − r), with m moving averages of the gradients' norms that start with the first ones; the
-    target's own weight is 1. The authors do so for each parameter tensor; here it is done for all shared parameters
-    together.
+    target's own weight is 1. In a step without the target all weights are 1. The authors balance each parameter tensor
+    by itself; here it is done for all shared parameters together.
 
     Args:
         r: from 0 (plain sum) to 1 (equal lengths).
         beta: decay of the averages of the norms, 0 to 1 (1 excluded).
-        target: the index of the target task.
+        target: the index of the target task, by the order of `tasks` or of the first step's losses.
     """
 
     name = "metabalance"
@@ -50,7 +50,10 @@ class MetaBalance(GradientBalancer):
         self.target = target
 
     def options(self) -> dict[str, float]:
-        return {"r": self.r, "beta": self.beta, "target": float(self.target)}
+        target = self.target
+        if self.active is not None:
+            target = self.active.ids.index(target) if target in self.active.ids else -1
+        return {"r": self.r, "beta": self.beta, "target": float(target)}
 
     def needs(self) -> Needs:
         return Needs.NORMS
@@ -59,6 +62,9 @@ class MetaBalance(GradientBalancer):
         if self.target >= tasks:
             raise ValueError(f"target must be the index of one of the {tasks} tasks, found {self.target}")
         super().start(tasks, device)
+
+    def __repr__(self) -> str:
+        return f"MetaBalance(r={self.r:g}, beta={self.beta:g}, target={self.target})"
 
 
 @ops.register_solver(
@@ -71,6 +77,8 @@ def _reference(problem: Problem) -> tuple[Tensor, Status]:
     assert average is not None  # checked by the op
     tasks = measure(problem.gram, inactive=0.0)
     average.copy_(torch.where(average == 0, tasks.norms, average.lerp(tasks.norms, 1 - options["beta"])))
+    if options["target"] < 0:
+        return torch.ones_like(average), tasks.status
     ratio = (average[int(options["target"])] / average).nan_to_num(posinf=0.0)
     weights = options["r"] * ratio + 1 - options["r"]
     return torch.where(average == 0, 1.0, weights), tasks.status

@@ -11,14 +11,15 @@ from igb_kernels import ops
 from igb_kernels.backends.reference import Problem
 from igb_kernels.card import Card
 from igb_kernels.gradients._reference import measure, project_on_simplex
-from igb_kernels.gradients.base import GradientBalancer, Needs, check_number
+from igb_kernels.gradients._shares import SharesOfOne
+from igb_kernels.gradients.base import Needs, check_number
 from igb_kernels.status import Status
 
 STEP, DECAY, FIRST_WEIGHT = range(3)
 """Layout of the state."""
 
 
-class MoCo(GradientBalancer):
+class MoCo(SharesOfOne):
     """Weights of the min-norm objective, followed on moving averages of the gradients (Fernando et al., ICLR 2023).
 
     At step t = 1, 2, ...: Y_k ← Y_k − β_t (Y_k − L_k g_k / ‖g_k‖) with β_t = min(1, beta / t^beta_sigma), then
@@ -101,6 +102,7 @@ class MoCo(GradientBalancer):
     options={"beta": 0.5, "beta_sigma": 0.5, "gamma": 0.1, "gamma_sigma": 0.5, "rho": 0.0, "use_softmax": 0.0},
     needs_gram=True,
     initial_state=lambda tasks, options: [0.0, 1.0 - min(1.0, options["beta"]), *([1 / tasks] * tasks)],
+    state_head=FIRST_WEIGHT,
 )
 def _reference(problem: Problem) -> tuple[Tensor, Status]:
     options, state = problem.options, problem.state

@@ -8,11 +8,12 @@ from igb_kernels import ops
 from igb_kernels.backends.reference import Problem
 from igb_kernels.card import Card
 from igb_kernels.gradients._reference import project_on_simplex
-from igb_kernels.gradients.base import GradientBalancer, Needs, check_number
+from igb_kernels.gradients._shares import SharesOfOne
+from igb_kernels.gradients.base import Needs, check_number
 from igb_kernels.status import Status
 
 
-class MoDo(GradientBalancer):
+class MoDo(SharesOfOne):
     """One projected step a batch towards min-norm weights, unbiased by double sampling (Chen et al., NeurIPS 2023,
     arXiv:2305.20057, algorithm 1).
 

@@ -27,7 +27,8 @@ class NashMTL(GradientBalancer):
         max_norm: the update's norm is clipped to this; 0: no clipping. Below √K it always clips.
         update_every: α is computed at every n-th step and kept in between. With `heads="weighted"` the steps in
             between take one backward pass for all tasks. The host counts the steps, those that could be used, and so
-            waits for the end of the last one before it starts the next; with 1 it waits for nothing.
+            waits for the end of the last one before it starts the next; with 1 it waits for nothing. A step of other
+            tasks than α is of computes it anew.
     """
 
     name = "nash_mtl"
@@ -50,10 +51,19 @@ class NashMTL(GradientBalancer):
             raise ValueError(f"update_every must be an integer of at least 1, found {update_every!r}")
         self.update_every = update_every
         self._steps = UsableSteps()
+        self._solved_for: tuple[int, ...] | None = None  # the tasks that the weights are of, None: all,
+        self._solved_by = 0  # from this number of usable steps on
 
     @property
     def _holds(self) -> bool:
-        return self._steps.count % self.update_every != 0
+        if self.update_every == 1:
+            return False
+        steps = self._steps.count
+        return steps % self.update_every != 0 and steps >= self._solved_by and self._solved_for == self._ids
+
+    @property
+    def _ids(self) -> tuple[int, ...] | None:
+        return None if self.active is None else self.active.ids
 
     def options(self) -> dict[str, float]:
         return {"max_norm": self.max_norm, "hold": float(self._holds)}
@@ -63,7 +73,7 @@ class NashMTL(GradientBalancer):
 
     def held_weights(self) -> Tensor:
         assert self.state is not None, "start() comes first"
-        return self.state
+        return self.of_step(self.state)
 
     def solve_held(self, sq_norm: Tensor, backend: Backend) -> tuple[Tensor, Tensor]:
         self._next_state = self.state
@@ -74,6 +84,8 @@ class NashMTL(GradientBalancer):
     def commit(self, status: Tensor) -> None:
         super().commit(status)
         if self.update_every > 1:
+            if not self._holds:
+                self._solved_for, self._solved_by = self._ids, self._steps.count + 1  # if this step could be used
             self._steps.add(status)
 
     def host_decision(self) -> str | None:
@@ -81,12 +93,19 @@ class NashMTL(GradientBalancer):
 
     def state_dict(self) -> dict[str, Any]:
         """See the base class."""
-        return {**super().state_dict(), "steps": self._steps.count}
+        return {
+            **super().state_dict(),
+            "steps": self._steps.count,
+            "solved_for": self._solved_for,
+            "solved_by": self._solved_by,
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """See the base class."""
         super().load_state_dict(state)
         self._steps = UsableSteps(state["steps"])
+        solved_for = state["solved_for"]
+        self._solved_for, self._solved_by = None if solved_for is None else tuple(solved_for), state["solved_by"]
 
     def __repr__(self) -> str:
         return f"NashMTL(max_norm={self.max_norm:g}, update_every={self.update_every})"

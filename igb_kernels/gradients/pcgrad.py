@@ -9,7 +9,7 @@ from igb_kernels import ops
 from igb_kernels.backends.reference import Problem
 from igb_kernels.card import Card
 from igb_kernels.gradients._reference import measure
-from igb_kernels.gradients._visits import VisitingGradientBalancer, orders_of
+from igb_kernels.gradients._visits import STATE_COUNT, VisitingGradientBalancer, orders_of
 from igb_kernels.gradients.base import check_number
 from igb_kernels.status import Status
 
@@ -69,6 +69,7 @@ class PCGrad(VisitingGradientBalancer):
     needs_gram=True,
     per_task=lambda tasks: (tasks, tasks),
     initial_state=lambda tasks, options: [0.0, 0.0],
+    state_head=STATE_COUNT,
 )
 def _reference(problem: Problem) -> tuple[Tensor, Status]:
     gram, options = (problem.gram + problem.gram.T) / 2, problem.options

@@ -9,11 +9,12 @@ from igb_kernels import ops
 from igb_kernels.backends.reference import Problem
 from igb_kernels.card import Card
 from igb_kernels.gradients._reference import project_on_simplex
-from igb_kernels.gradients.base import GradientBalancer, Needs, check_number
+from igb_kernels.gradients._shares import SharesOfOne
+from igb_kernels.gradients.base import Needs, check_number
 from igb_kernels.status import Status
 
 
-class SDMGrad(GradientBalancer):
+class SDMGrad(SharesOfOne):
     """Min-norm weights near equal ones, from batches whose noise is independent (Xiao et al., NeurIPS 2023).
 
     On w, which is kept between steps, `iterations` steps of projected gradient descent with momentum follow

@@ -11,7 +11,7 @@ from igb_kernels import ops
 from igb_kernels.backends import Backend
 from igb_kernels.backends.reference import LossProblem
 from igb_kernels.card import Card
-from igb_kernels.losses._means import EpochMean
+from igb_kernels.losses._means import MeanLosses
 from igb_kernels.losses.base import LossBalancer
 from igb_kernels.status import UNUSABLE, Status
 
@@ -55,14 +55,14 @@ class DWA(LossBalancer):
             raise ValueError("placeholder_ones goes with window, which is None")
         self.temperature, self.window, self.placeholder_ones = float(temperature), window, placeholder_ones
         # NaN is what is not known yet; everything is updated in place, where the replays of a CUDA graph read it.
-        self._epoch: EpochMean | None = None
+        self._epoch: MeanLosses | None = None
         self._means: Tensor | None = None  # [2, K]: of the epoch before the last, and of the last
         self._recent: Tensor | None = None  # [2 window, K]: the losses of the last steps, oldest first
         self._next_recent: Tensor | None = None
 
     def start(self, tasks: int, device: torch.device) -> None:
         if self.window is None:
-            self._epoch = EpochMean.of(tasks, device)
+            self._epoch = MeanLosses.of(tasks, device)
             self._means = torch.full((2, tasks), torch.nan, dtype=torch.float64, device=device)
         else:
             before = 1.0 if self.placeholder_ones else torch.nan
@@ -73,19 +73,20 @@ class DWA(LossBalancer):
 
     def per_task(self) -> Tensor | None:
         if self._next_recent is None or self.window is None:
-            return self._means
+            return None if self._means is None else self.of_step(self._means)
         return self._next_recent.view(2, self.window, -1).mean(dim=1)
 
     def scales(self, losses: Tensor, backend: Backend) -> tuple[Tensor, Tensor]:
         if self._recent is not None:
-            self._next_recent = torch.cat([self._recent[1:], losses.double()[None]])
+            self._next_recent = torch.cat([self.of_step(self._recent)[1:], losses.double()[None]])
         return super().scales(losses, backend)
 
     def commit(self, losses: Tensor, scales: Tensor, status: Tensor) -> None:
         if self._epoch is not None:
-            self._epoch.add(losses, status)
+            self._epoch.add(losses, status, self.active)
         elif self._recent is not None and self._next_recent is not None:
-            self._recent.copy_(torch.where((status & UNUSABLE) != 0, self._recent, self._next_recent))
+            unusable = (status & UNUSABLE) != 0
+            self.write_of_step(self._recent, torch.where(unusable, self.of_step(self._recent), self._next_recent))
 
     def end_epoch(self) -> None:
         if self._epoch is not None and self._means is not None:
@@ -107,7 +108,7 @@ class DWA(LossBalancer):
         if (means is not None or recent is not None) and length != self.window:
             raise ValueError(f"window is {self.window}, but the state's is {length}")
         self._means, self._recent, self._next_recent = means, recent, None
-        self._epoch = None if means is None else EpochMean(state["sums"])
+        self._epoch = None if means is None else MeanLosses(state["sums"])
 
     def __repr__(self) -> str:
         ones = ", placeholder_ones=True" if self.placeholder_ones else ""

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from igb_kernels import ops
 from igb_kernels._log import warn_once
+from igb_kernels.active import ActiveTasks
 from igb_kernels.backends import Backend
 from igb_kernels.backends.reference import LossProblem
 from igb_kernels.card import Card
@@ -20,7 +21,7 @@ EPS = 1e-8
 FRESH, WAITING, TOLD = 0.0, 1.0, 2.0
 HEAD = 2
 """The state: whether it waits for a step's fall, the number of Adam's steps; then, [K] each, the logits, Adam's two
-moments, the log losses before the optimizer's step and after it."""
+moments, the log losses before the optimizer's step (NaN for a task that was missing) and after it."""
 
 
 class FAMO(LossBalancer):
@@ -36,8 +37,9 @@ class FAMO(LossBalancer):
         with torch.no_grad():
             balancer.after_step(model.losses(batch))
 
-    ξ moves when the next step begins. Steps that cannot be used, and losses that are not finite, teach it nothing. A
-    loss that is not above `lower` − 1e-8 makes every scale NaN, and the status says NON_POSITIVE_LOSS.
+    ξ moves when the next step begins, or, where tasks are missing, as soon as the losses of the others are told. Steps
+    that cannot be used, and losses that are not finite, teach it nothing. A loss that is not above `lower` − 1e-8 makes
+    every scale NaN, and the status says NON_POSITIVE_LOSS.
 
     The authors clip the gradient of the shared parameters to norm 1: `torch.nn.utils.clip_grad_norm_` after `backward`.
 
@@ -98,11 +100,36 @@ class FAMO(LossBalancer):
             return losses
         if self.lower.device != losses.device:
             self.lower = self.lower.to(losses.device)
-        return losses.double() - self.lower
+        return losses.double() - (self.of_step(self.lower) if self.lower.dim() == 1 else self.lower)
 
     def scales(self, losses: Tensor, backend: Backend) -> tuple[Tensor, Tensor]:
-        scales, status = super().scales(self._excess(losses), backend)
+        excess = self._excess(losses)
+        if self.active is None:
+            scales, status = super().scales(excess, backend)
+        else:
+            scales, status = self._scales_of_some(excess, self.active, backend)
         return scales.to(losses.dtype), status
+
+    def _scales_of_some(self, excess: Tensor, active: ActiveTasks, backend: Backend) -> tuple[Tensor, Tensor]:
+        """With tasks missing; a fall of all tasks that has yet to be learned from is learned from before."""
+        assert self.state is not None, "start() comes first"
+        whole = self.state.clone()
+        self._learn(whole, backend)
+        before = self._rows(whole)[3]
+        before.fill_(torch.nan)
+        part = ops.RULES[self.name].part(whole, active)
+        found = backend.loss_scales(self.name, excess, None, list(self.options().values()), part)
+        self._next_state = ops.RULES[self.name].whole(whole, active, part)
+        return found
+
+    def _widened(self, state: Tensor, part: Tensor) -> Tensor:
+        return part  # it is of all tasks already
+
+    def _learn(self, state: Tensor, backend: Backend) -> None:
+        """Learns from a fall that has been told, and waits for none after."""
+        ones = torch.ones_like(self._rows(state)[0])
+        backend.loss_scales(self.name, ones, None, list(self.options().values()), state)
+        state[0].fill_(FRESH)
 
     def commit(self, losses: Tensor, scales: Tensor, status: Tensor) -> None:
         super().commit(losses, scales, status)
@@ -110,16 +137,25 @@ class FAMO(LossBalancer):
             warn_once("FAMO learns nothing from a step without Balancer.after_step(losses) after the optimizer's")
         self._untold = True
 
-    def after_step(self, losses: Tensor) -> None:
+    def after_step(self, losses: Tensor, backend: Backend) -> None:
         self._untold = False
         assert self.state is not None, "a step comes first"
         values = self._excess(losses.double()) + EPS
-        after = values.log()
-        # Only for a step that could be used and whose losses have not come yet; decided where the losses are.
-        known = (self.state[0] == WAITING) & (values > 0).all() & after.isfinite().all()
-        rows = self._rows(self.state)
-        rows[4].copy_(torch.where(known, after, rows[4]))
-        self.state[0].masked_fill_(known, TOLD)
+        after, before = values.log(), self._rows(self.state)[3]
+        # Only for a step of these tasks that could be used and whose losses have not come yet; decided where they are.
+        known = (self.state[0] == WAITING) & (values > 0).all() & (self.of_step(before) - after).isfinite().all()
+        if self.active is None:
+            rows = self._rows(self.state)
+            rows[4].copy_(torch.where(known, after, rows[4]))
+            self.state[0].masked_fill_(known, TOLD)
+        else:  # at once: the next step may have other tasks
+            part = ops.RULES[self.name].part(self.state, self.active)
+            self._rows(part)[4].copy_(after)
+            part[0].fill_(TOLD)
+            self._learn(part, backend)
+            known = known & (before.isnan().sum() == self.active.tasks - len(losses))
+            learned = ops.RULES[self.name].whole(self.state, self.active, part)
+            self.state.copy_(torch.where(known, learned, self.state))
 
     def __repr__(self) -> str:
         lower = f", lower={self.lower.tolist()}" if self._has_lower else ""
@@ -130,6 +166,7 @@ class FAMO(LossBalancer):
     "famo",
     options={"gamma": 1e-3, "learning_rate": 0.025},
     initial_state=lambda tasks, options: [0.0] * (HEAD + 5 * tasks),
+    state_head=HEAD,
 )
 def _reference(problem: LossProblem) -> tuple[Tensor, Status]:
     state, options = problem.state, problem.options

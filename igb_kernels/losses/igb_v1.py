@@ -11,7 +11,7 @@ from torch import Tensor
 from igb_kernels import ops
 from igb_kernels.backends.reference import LossProblem
 from igb_kernels.card import Card
-from igb_kernels.losses._base_losses import BaseLosses
+from igb_kernels.losses._means import BaseLosses
 from igb_kernels.losses.base import LossBalancer
 from igb_kernels.losses.log import TINY, unless_negative
 from igb_kernels.status import Status
@@ -25,6 +25,7 @@ class IGBv1(LossBalancer):
 
     The base losses are the mean training losses of one epoch, told by `Balancer.end_epoch`; or of the first `steps`
     steps; or given. Steps that cannot be used (a negative or non-finite loss, a non-finite gradient) do not count.
+    Where tasks are missing, each has its own first steps; one that the epoch lacks takes the next that has it.
 
     Gradient-balancing methods that ignore the length of each row (DB-MTL, IMTL-G, EMTL, Nash-MTL) keep their
     direction on the shared parameters under any loss scale; there, W acts on the task-specific parameters.
@@ -32,7 +33,7 @@ class IGBv1(LossBalancer):
     Args:
         base_epoch: the epoch (from 0) whose mean losses are the base; the paper's and IGB4MTL's is the second.
         steps: use the mean over the first `steps` steps instead. Until then the host counts them, and waits for the
-            end of each before it starts the next.
+            end of each before it ends the next.
         base_losses: use these K positive numbers instead.
     """
 
@@ -58,19 +59,21 @@ class IGBv1(LossBalancer):
     @property
     def base_losses(self) -> Tensor | None:
         """The base losses [K], float64; NaN until they are known, None before the first step."""
-        return self.per_task()
+        return self.base.value()
 
     def start(self, tasks: int, device: torch.device) -> None:
         self.base.start(tasks, device)
 
     def per_task(self) -> Tensor | None:
-        return self.base.value()
+        base = self.base.value()
+        return None if base is None else self.of_step(base)
 
     def commit(self, losses: Tensor, scales: Tensor, status: Tensor) -> None:
-        self.base.add(losses, status)
+        self.base.add(losses, status, self.active)
 
     def host_decision(self) -> str | None:
-        return None if self.base.settled() else f"{self!r} has yet to measure its base losses"
+        counts = self.base.steps is not None and not self.base.settled()
+        return f"{self!r} has yet to measure its base losses" if counts else None
 
     def end_epoch(self) -> None:
         self.base.end_epoch()

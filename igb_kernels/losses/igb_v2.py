@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,12 +12,13 @@ from torch import Tensor
 
 from igb_kernels import ops
 from igb_kernels._seed import check_seed, drawn_seed
+from igb_kernels.active import ActiveTasks
 from igb_kernels.agents.learner import Agent, Learner, Settings, normals
 from igb_kernels.agents.simplex import LOG_DENSITIES, weights_of
 from igb_kernels.backends import Backend
 from igb_kernels.backends.reference import LossProblem
 from igb_kernels.card import Card
-from igb_kernels.losses._base_losses import BaseLosses
+from igb_kernels.losses._means import BaseLosses
 from igb_kernels.losses._readback import Readback
 from igb_kernels.losses.base import LossBalancer
 from igb_kernels.losses.log import TINY, unless_negative
@@ -27,6 +29,23 @@ LARGEST = 1e6
 """What the agent sees and is rewarded with is cut here: one exploding loss must not overflow its networks for good."""
 MUST_MATCH = ("hidden", "buffer_size", "logprob", "state")
 """Options without which a state is another agent's."""
+
+
+@dataclass(frozen=True)
+class _Step:
+    """What the agent learns from, of a step that could be used."""
+
+    losses: Tensor
+    """[K], float64 on the CPU; those of missing tasks are from earlier steps, NaN where there are none."""
+    weights: Tensor
+    """[K], float32 on the CPU."""
+    ids: list[int] | None
+    """The tasks that it had, None: all."""
+
+    def common(self, other: _Step) -> list[int]:
+        """The tasks of both."""
+        theirs = range(len(self.losses)) if other.ids is None else other.ids
+        return [k for k in theirs if self.ids is None or k in self.ids]
 
 
 class IGBv2(LossBalancer):
@@ -51,6 +70,10 @@ class IGBv2(LossBalancer):
     balancer or the program, at the latest with the update it is at; a fork waits for it. An update takes about 6 ms
     (10 ms with 100 tasks): beside steps of a few milliseconds, where two threads mostly wait for each other's Python,
     `background=False` is faster.
+
+    Where tasks are missing, the agent sees their last known losses (while one has none, weights are random), and the
+    others' weights are rescaled to their number. A reward is of the tasks that both of its steps have; without any,
+    there is no transition.
 
     Where losses are on a GPU, the agent sees those of the step before, so that nothing has to be waited for but the end
     of that step; on the CPU it sees those of its step. Transitions are the same.
@@ -145,9 +168,10 @@ class IGBv2(LossBalancer):
         self._tasks = 0
         self._seed: int | None = None
         self._learner: Learner | None = None
-        self._weights: Tensor | None = None  # of the current step [K], float32 on the CPU
+        self._weights: Tensor | None = None  # of all tasks in the current step [K], float32 on the CPU
+        self._present: ActiveTasks | None = None  # the tasks of the step that weights were last chosen for; on the CPU
         self._base: Tensor | None = None  # the base losses, once they are known
-        self._last: tuple[Tensor, Tensor] | None = None  # losses, float64, and weights of the last usable step; CPU
+        self._last: _Step | None = None  # the last usable one
         self._ended = Readback()  # the losses and status of a step whose end has not been taken into account
 
     @property
@@ -183,7 +207,11 @@ class IGBv2(LossBalancer):
     # ---- A step ---------------------------------------------------------------------------------------------------
 
     def per_task(self) -> Tensor | None:
-        return self._weights
+        if self._weights is None or self._present is None:
+            return self._weights
+        weights = self._present.part(self._weights)
+        total = weights.sum()
+        return (len(weights) * weights / total).where(total > 0, 1.0)
 
     def scales(self, losses: Tensor, backend: Backend) -> tuple[Tensor, Tensor]:
         self._settle()
@@ -191,22 +219,38 @@ class IGBv2(LossBalancer):
             raise RuntimeError(
                 "IGBv2's agent failed to train, and needs a state to be loaded"
             ) from self._learner.failure
-        weights = self._weights = self._choose(losses)
+        self._present = None
+        if self.active is not None:
+            self._present = ActiveTasks.of(self.active.ids, self.active.tasks, torch.device("cpu"))
+        self._weights = self._choose(losses)
+        weights = self.per_task()
+        assert weights is not None
         if losses.device.type == "cuda":
             weights = weights.pin_memory()  # from the caching allocator, which keeps it until the copy is done
         weights = weights.to(losses.device, non_blocking=True)
         return backend.loss_scales(self.name, losses, weights, [], None)
 
     def _choose(self, losses: Tensor) -> Tensor:
-        """The weights [K] of this step, float32 on the CPU."""
+        """The weights of all tasks [K] in this step, float32 on the CPU."""
         if self._learner is None or self._seed is None:
             return torch.ones(1, device="cpu")
         noise = normals(self._seed, self._step, self._tasks)
         base = self._known_base()
         if not self._after(self.start_epoch) or base is None or self._last is None:
             return weights_of(noise)
-        seen = self._last[0] if _read_later(losses) else losses.double()
+        seen = self._last.losses if _read_later(losses) else self._known_losses(losses.double())
+        if bool(seen.isnan().any()):
+            return weights_of(noise)
         return self._learner.actor(self._observed(seen, base), noise)
+
+    def _known_losses(self, losses: Tensor) -> Tensor:
+        """The losses [K], float64 on the CPU: of missing tasks the last known, or NaN."""
+        if self._present is None:
+            return losses
+        known = torch.full((self._tasks,), torch.nan, dtype=torch.float64, device="cpu")
+        if self._last is not None:
+            known.copy_(self._last.losses)
+        return self._present.put_(known, losses)
 
     def _known_base(self) -> Tensor | None:
         """The base losses [K] once they are known, at least TINY."""
@@ -237,23 +281,29 @@ class IGBv2(LossBalancer):
             self._end_step(numbers[:-1], int(numbers[-1]))
 
     def _end_step(self, losses: Tensor, status: int) -> None:
-        """A step has ended with these losses [K], float64 on the CPU."""
+        """A step has ended with these losses of its tasks [A], float64 on the CPU."""
         assert self._weights is not None
         if status & UNUSABLE:
             return
+        ids = None if self._present is None else list(self._present.ids)
+        step = _Step(self._known_losses(losses), self._weights, ids)
         if self._learner is not None:
-            self._record(losses, self._learner)
-        self.base.add(losses, torch.tensor(0, device="cpu"))
-        self._last = losses, self._weights
+            self._record(step, self._learner)
+        self.base.add(losses, torch.tensor(0, device="cpu"), self._present)
+        self._last = step
         self._step += 1
 
-    def _record(self, losses: Tensor, learner: Learner) -> None:
-        base = self._known_base()
-        if self._last is not None and base is not None:
-            before, weights = self._last
-            fall = float(((before - losses) / base).min())
-            reward = min(LARGEST, max(-LARGEST, self.reward_scale * fall))
-            learner.store(self._observed(before, base), weights, reward, self._observed(losses, base))
+    def _record(self, step: _Step, learner: Learner) -> None:
+        base, last = self._known_base(), self._last
+        if base is not None and last is not None and not bool((last.losses + step.losses).isnan().any()):
+            falls = (last.losses - step.losses) / base
+            if last.ids is not None or step.ids is not None:
+                falls = falls[last.common(step)]
+            if len(falls):
+                reward = min(LARGEST, max(-LARGEST, self.reward_scale * float(falls.min())))
+                learner.store(
+                    self._observed(last.losses, base), last.weights, reward, self._observed(step.losses, base)
+                )
         if self._after(self.update_after) and self._step % self.update_every == 0 and len(learner):
             twice = 1 + len(learner) / self.settings.buffer_size
             learner.train(int(self.update_every * twice / 2), int(self.batch_size * twice / 2))
@@ -284,7 +334,7 @@ class IGBv2(LossBalancer):
             "step": self._step,
             "steps_per_epoch": self.steps_per_epoch,
             "reward_scale": self.reward_scale,
-            "last": None if self._last is None else list(self._last),
+            "last": None if self._last is None else [self._last.losses, self._last.weights, self._last.ids],
             "learner": None if self._learner is None else self._learner.state_dict(),
         }
 
@@ -299,7 +349,7 @@ class IGBv2(LossBalancer):
         self._ended.take()  # a step before the state
         self._tasks, self._seed, self._step = state["tasks"], state["seed"], state["step"]
         self.steps_per_epoch, self.reward_scale = state["steps_per_epoch"], state["reward_scale"]
-        self._last = None if state["last"] is None else (state["last"][0], state["last"][1])
+        self._last = None if state["last"] is None else _Step(*state["last"])
         self._learner = None
         if state["learner"] is not None:
             self._learner = self._new_learner()

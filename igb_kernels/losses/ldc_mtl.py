@@ -23,7 +23,7 @@ class LDCMTL(LearnedLossBalancer):
     """Learns weights σ under which the tasks' weighted losses are small, and close to each other (Xiao et al., 2025,
     arXiv:2502.08585): minimises Σ_k σ_k x_k / S + lamb Σ_(pairs j, k) |τ_j x_j − τ_k x_k|.
 
-    The losses x have a common unit, or are meant to; L0 are the losses of the first step that could be used:
+    The losses x have a common unit, or are meant to; L0 are each task's losses of its first step that could be used:
 
     ======== ================ ===================== ==== =====================
     form     x                S                     τ    as the authors have it
@@ -108,14 +108,14 @@ class LDCMTL(LearnedLossBalancer):
 
     def per_task(self) -> Tensor | None:
         assert self._initial_losses is not None, "start() comes first"
-        return torch.stack([self.parameter.detach().double(), self._initial_losses])
+        return self.of_step(torch.stack([self.parameter.detach().double(), self._initial_losses]))
 
     def commit(self, losses: Tensor, scales: Tensor, status: Tensor) -> None:
         super().commit(losses, scales, status)
-        known = self._initial_losses
-        assert known is not None
+        assert self._initial_losses is not None
+        known = self.of_step(self._initial_losses)
         keep = ((status & UNUSABLE) != 0) | ~known.isnan()
-        known.copy_(torch.where(keep, known, losses.double()))  # in place, where the replays of a CUDA graph read it
+        self.write_of_step(self._initial_losses, torch.where(keep, known, losses.double()))
 
     def state_dict(self) -> dict[str, Any]:
         """See the base class."""

@@ -12,7 +12,8 @@ from igb_kernels.losses.base import LossBalancer
 
 
 class LearnedLossBalancer(LossBalancer):
-    """A rule with one learned number for each task, whose gradient its kernel leaves in the state."""
+    """A rule with one learned number for each task, whose gradient its kernel leaves in the state; a missing task's
+    is 0."""
 
     parameter_name: ClassVar[str]
     """What `state_dict` and messages call it."""
@@ -34,17 +35,19 @@ class LearnedLossBalancer(LossBalancer):
             )
 
     def per_task(self) -> Tensor | None:
-        return self.parameter.detach()
+        return self.of_step(self.parameter.detach())
 
     def scales(self, losses: Tensor, backend: Backend) -> tuple[Tensor, Tensor]:
         # Where there are no scales, the gradient stays NaN, as those of the model are.
-        size = self.state_rows * len(self.parameter)
+        size = self.state_rows * len(losses)
         self._next_state = torch.full((size,), torch.nan, dtype=torch.float64, device=self.parameter.device)
         return backend.loss_scales(self.name, losses, self.per_task(), list(self.options().values()), self._next_state)
 
     def commit(self, losses: Tensor, scales: Tensor, status: Tensor) -> None:
         assert self._next_state is not None, "scales() comes first"
-        gradient = self._next_state[: len(self.parameter)].to(self.parameter.dtype)
+        gradient = self._next_state[: len(losses)].to(self.parameter.dtype)
+        if self.active is not None:
+            gradient = self.active.spread(gradient)
         self.parameter.grad = gradient if self.parameter.grad is None else self.parameter.grad.add_(gradient)
 
     def parameters(self) -> list[torch.nn.Parameter]:

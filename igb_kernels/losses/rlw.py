@@ -58,7 +58,7 @@ class RLW(LossBalancer):
         return f"RLW(seed={self.seed}, total={self.total!r})"
 
 
-@ops.register_rule("rlw", options={"times_tasks": 0.0}, initial_state=lambda tasks, options: [0.0, 0.0])
+@ops.register_rule("rlw", options={"times_tasks": 0.0}, initial_state=lambda tasks, options: [0.0, 0.0], state_head=2)
 def _reference(problem: LossProblem) -> tuple[Tensor, Status]:
     tasks, state = len(problem.losses), problem.state
     assert state is not None  # checked by the op

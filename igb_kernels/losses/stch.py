@@ -11,7 +11,7 @@ from torch import Tensor
 from igb_kernels import ops
 from igb_kernels.backends.reference import LossProblem
 from igb_kernels.card import Card
-from igb_kernels.losses._means import EpochMean
+from igb_kernels.losses._means import BaseLosses
 from igb_kernels.losses.base import LossBalancer
 from igb_kernels.losses.log import TINY, unless_negative
 from igb_kernels.status import Status
@@ -35,7 +35,7 @@ class STCH(LossBalancer):
         mu: above 0; the smaller, the closer to the maximum.
         preference: K numbers a_k of at least 0, not all 0; by default 1/K each, and with a nadir 1.
         ideal: K numbers z_k: the losses' lowest values, or some that are out of reach; by default 0. Excludes a nadir.
-        nadir_epoch: the epoch (from 0) whose mean losses are the nadir.
+        nadir_epoch: the epoch (from 0) whose mean losses are the nadir; of a task that it lacks, the next that has it.
         nadir: use these K positive numbers instead.
     """
 
@@ -75,8 +75,7 @@ class STCH(LossBalancer):
         if nadir is not None and self._point is not None and not bool((self._point > 0).all()):
             raise ValueError(f"nadir must be positive, found {self._point.tolist()}")
         self._of_logs = nadir is not None or nadir_epoch is not None
-        self._epochs = 0
-        self._epoch: EpochMean | None = None  # with nadir_epoch
+        self._measured = None if nadir_epoch is None else BaseLosses(nadir_epoch)
         self._per_task: Tensor | None = None  # [2, K]: preferences, and the ideal point or nadir (NaN while unknown)
 
     @property
@@ -86,8 +85,8 @@ class STCH(LossBalancer):
 
     def start(self, tasks: int, device: torch.device) -> None:
         self._per_task = self._known(tasks, device)
-        if self.nadir_epoch is not None:
-            self._epoch = EpochMean.of(tasks, device)
+        if self._measured is not None:
+            self._measured.start(tasks, device)
 
     def _known(self, tasks: int, device: torch.device) -> Tensor:
         """`per_task` as far as the arguments tell."""
@@ -103,36 +102,42 @@ class STCH(LossBalancer):
         return {"mu": self.mu, "of_logs": float(self._of_logs)}
 
     def per_task(self) -> Tensor | None:
-        return self._per_task
+        if self.active is None or self._per_task is None:
+            return self._per_task
+        numbers = self.active.part(self._per_task)
+        if self.preference is None and not self._of_logs:
+            numbers[0] = 1 / len(self.active.ids)
+        return numbers
 
     def commit(self, losses: Tensor, scales: Tensor, status: Tensor) -> None:
-        if self._epoch is not None and self._epochs <= (self.nadir_epoch or 0):
-            self._epoch.add(losses, status)
+        if self._measured is not None:
+            self._measured.add(losses, status, self.active)
 
     def end_epoch(self) -> None:
-        if self._epoch is not None and self._per_task is not None:
-            means = self._epoch.take()
-            if self._epochs == self.nadir_epoch:
-                self._per_task[1].copy_(means)  # in place, where the replays of a CUDA graph read it
-        self._epochs += 1
+        if self._measured is not None:
+            self._measured.end_epoch()
+            nadir = self._measured.value()
+            if nadir is not None and self._per_task is not None:
+                self._per_task[1].copy_(nadir)  # in place, where the replays of a CUDA graph read it
 
     def state_dict(self) -> dict[str, Any]:
         """See the base class."""
-        sums = None if self._epoch is None else self._epoch.sums
-        return {"epochs": self._epochs, "sums": sums, "per_task": self._per_task}
+        measured = None if self._measured is None else self._measured.state_dict()
+        return {"measured": measured, "per_task": self._per_task}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """See the base class."""
-        sums, per_task = state["sums"], state["per_task"]
-        if per_task is not None and (sums is None) != (self.nadir_epoch is None):
+        measured, per_task = state["measured"], state["per_task"]
+        if (measured is None) != (self._measured is None):
             raise ValueError(
-                f"nadir_epoch is {self.nadir_epoch}, but the state is of {'none' if sums is None else 'one'}"
+                f"nadir_epoch is {self.nadir_epoch}, but the state is of {'none' if measured is None else 'one'}"
             )
         known = None if per_task is None else self._known(per_task.shape[1], per_task.device)
         if known is not None and self.nadir_epoch is not None:
             known[1] = per_task[1]
-        self._epochs, self._per_task = state["epochs"], known
-        self._epoch = None if sums is None else EpochMean(sums)
+        self._per_task = known
+        if self._measured is not None:
+            self._measured.load_state_dict(measured)
 
     def __repr__(self) -> str:
         given = "" if self.preference is None else f", preference={self.preference.tolist()}"

@@ -60,9 +60,9 @@ def test_other_rules_do_nothing(rule):
 
 BAD = {
     "too few": (lambda v: v[:2], ValueError, f"losses must hold {TASKS} tasks as in earlier steps, found 2"),
-    "other names": (lambda v: dict(zip("xyz", v, strict=True)), ValueError, "of earlier steps"),
+    "other names": (lambda v: dict(zip("xyz", v, strict=True)), ValueError, "no other tasks than"),
     "no scalar": (lambda v: [v, v[0], v[1]], ValueError, r"losses\[0\] must be a scalar"),
-    "numbers": (lambda v: v.tolist(), TypeError, r"losses\[0\] must be a tensor, found float"),
+    "numbers": (lambda v: v.tolist(), TypeError, r"losses\[0\] must be a tensor or None, found float"),
     "integers": (lambda v: v.long(), TypeError, "floating"),
     "matrix": (lambda v: torch.stack([v, v]), ValueError, "1-D"),
     "another device": (lambda v: v.to("meta"), ValueError, "must be on cpu"),

@@ -53,7 +53,6 @@ class Bad:
     message: str
 
 
-CONSTANT = torch.tensor(1.0)
 BAD_LOSSES = {
     "none": Bad(lambda net: [], ValueError, "losses must hold at least one loss, found none"),
     "empty dict": Bad(lambda net: {}, ValueError, "losses must hold at least one loss, found none"),
@@ -70,7 +69,9 @@ BAD_LOSSES = {
     "not a scalar, by name": Bad(
         lambda net: {"a": net.losses()[0] * torch.ones(2)}, ValueError, r"losses\['a'\] must be a scalar"
     ),
-    "a number": Bad(lambda net: [net.losses()[0], 1.0], TypeError, r"losses\[1\] must be a tensor, found float"),
+    "a number": Bad(
+        lambda net: [net.losses()[0], 1.0], TypeError, r"losses\[1\] must be a tensor or None, found float"
+    ),
     "integer": Bad(
         lambda net: [net.losses()[0], torch.tensor(3)],
         TypeError,
@@ -84,13 +85,13 @@ BAD_LOSSES = {
     "complex vector": Bad(
         lambda net: torch.stack(net.losses()) * (1 + 1j), TypeError, "losses must have a floating dtype, found.*complex"
     ),
-    "detached": Bad(
-        lambda net: [net.losses()[0].detach(), *net.losses()[1:]], ValueError, r"losses\[0\] must require grad"
+    "all detached": Bad(
+        lambda net: [loss.detach() for loss in net.losses()],
+        ValueError,
+        "losses must hold at least one loss that requires grad, found 3 tasks without",
     ),
+    "all missing": Bad(lambda net: [None] * 3, ValueError, "at least one loss that requires grad, found 3"),
     "detached vector": Bad(lambda net: torch.stack(net.losses()).detach(), ValueError, "losses must require grad"),
-    "a constant in a stack": Bad(
-        lambda net: torch.stack([*net.losses()[:2], CONSTANT]), ValueError, r"losses\[2\] must require grad"
-    ),
 }
 BAD_PASSES = {
     "backward raises in the first task": Bad(failing_in(0), RuntimeError, "this backward fails"),
@@ -106,9 +107,9 @@ LATER = {
     "another name": Bad(
         lambda net: dict(zip("abd", net.losses(), strict=True)),
         ValueError,
-        r"losses must have the tasks \['a', 'b', 'c'\] of earlier steps, found \['a', 'b', 'd'\]",
+        r"losses must have no other tasks than \['a', 'b', 'c'\], found \['d'\]: name .* Balancer\(tasks=",
     ),
-    "a missing name": Bad(lambda net: dict(zip("ab", net.losses()[:2], strict=True)), ValueError, r"\['a', 'b'\]"),
+    "no name": Bad(lambda net: {}, ValueError, "at least one loss that requires grad, found 3 tasks without"),
     "one name more": Bad(lambda net: dict(zip("abcd", net.losses() * 2, strict=False)), ValueError, "'d'"),
 }
 

@@ -198,7 +198,7 @@ def test_names_are_part_of_the_state():
     second.load_state_dict(first.state_dict())
     losses = dict(zip("cba", net.losses()[::-1], strict=True))
     assert second.backward(losses).names == ("a", "b", "c")
-    with pytest.raises(ValueError, match="of earlier steps"):
+    with pytest.raises(ValueError, match="no other tasks than"):
         second.backward(dict(zip("xyz", net.losses(), strict=True)))
 
 

@@ -117,7 +117,7 @@ TEST(solves_have_the_same_bits_in_every_team) {
     Input learned = make_input(igb::Method::grad_norm, tasks, gram);
     learned.options = {1.5, 0.0, 0.0};
     compare_solves(igb::Method::grad_norm, learned, "softmax");
-    learned.state[igb::GradNorm::known] = 0.0;
+    for (int i = 0; i < tasks; ++i) learned.state[igb::GradNorm::known * tasks + i] = 0.0;
     compare_solves(igb::Method::grad_norm, learned, "first step");
   }
 }

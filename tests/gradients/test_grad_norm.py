@@ -13,8 +13,8 @@ from samplers import jacobian
 from igb_kernels import Balancer, Status, ops
 from igb_kernels.gradients import GradNorm
 
-KNOWN, STEPS, SUMS = range(3)
-"""The state: whether L(0) is known, steps behind the sums of losses, K sums; then K numbers, the gradient."""
+GRADIENT = 3
+"""Rows of the state: whether L(0) is known, steps behind the sums of losses, these sums; and the gradient."""
 
 FORMS = {"softmax": 0.0, "direct": 1.0}
 every_form = pytest.mark.parametrize("form", FORMS)
@@ -22,7 +22,8 @@ every_form = pytest.mark.parametrize("form", FORMS)
 
 def state_of(initial):
     initial = torch.as_tensor(initial, dtype=torch.float64)
-    return torch.cat([torch.ones(2, dtype=torch.float64), initial, torch.full_like(initial, torch.nan)])
+    ones = torch.ones_like(initial)
+    return torch.cat([ones, ones, initial, torch.full_like(initial, torch.nan)])
 
 
 def solve(norms, losses, parameter, initial, backend, **options):
@@ -30,7 +31,7 @@ def solve(norms, losses, parameter, initial, backend, **options):
     norms, losses, parameter = (torch.as_tensor(v, dtype=torch.float64) for v in (norms, losses, parameter))
     state = state_of(initial)
     weights, status = ops.solve("grad_norm", norms**2, losses, parameter, state=state, backend=backend, **options)
-    return weights, Status(int(status)), state[SUMS + len(norms) :]
+    return weights, Status(int(status)), state.view(4, -1)[GRADIENT]
 
 
 def objective_gradient(norms, losses, parameter, initial, form, alpha):

@@ -13,6 +13,7 @@ import torch
 from golden import cases
 
 import igb_kernels as igb
+from igb_kernels.active import ActiveTasks
 from igb_kernels.agents.sac import SACAgent
 from igb_kernels.backends import resolve
 from igb_kernels.losses import igb_v2
@@ -84,7 +85,7 @@ def test_golden(case, background, monkeypatch):
     for i, losses in enumerate(case.losses):
         if i == int(case.base_set_at_step):
             state = rule.state_dict()
-            state["base"].update(base=case.base_losses, sum=None)
+            state["base"].update(base=case.base_losses)
             rule.load_state_dict(state)
         torch.testing.assert_close(step(rule, losses), case.weights[i], rtol=1e-6, atol=0.0)
     found, expected = transitions(rule), case.fields["buffer"]
@@ -190,6 +191,54 @@ def test_a_raised_step_changes_nothing():
         first, _ = rule.scales(losses, CPU)
         assert same(rule.state_dict(), before)
         assert torch.equal(step(rule, losses), first * losses)
+
+
+def missing(rule, losses, ids, gradient_status=0):
+    """One step of a rule alone whose other tasks are missing; returns the weights of these."""
+    rule.active = ActiveTasks.of(ids, rule._tasks, torch.device("cpu"))
+    weights = step(rule, losses, gradient_status)
+    rule.active = None
+    return weights
+
+
+def test_missing_tasks_have_their_last_losses():
+    """Rewards are of the tasks of both steps; without one there is no transition, as with a task not seen yet."""
+    rule = started(3, base_losses=[1.0, 2.0, 4.0])
+    torch.testing.assert_close(missing(rule, [5.0, 5.0], (0, 1)).sum(), torch.tensor(2.0, dtype=torch.float64))
+    missing(rule, [3.0, 8.0], (0, 2))  # the third had no loss before
+    missing(rule, [7.0], (1,))  # no task of the step before
+    assert len(transitions(rule)["reward"]) == 0
+    missing(rule, [6.0, 4.0], (1, 2))  # the second alone is in both
+    step(rule, [2.0, 8.0, 3.0])
+    found = transitions(rule)
+    assert found["state"].tolist() == [[3.0, 3.5, 2.0], [3.0, 3.0, 1.0]]
+    assert found["reward"].tolist() == [0.5, -1.0]
+    assert found["next_state"].tolist() == [[3.0, 3.0, 1.0], [2.0, 4.0, 0.75]]
+    torch.testing.assert_close(found["action"].sum(dim=1), torch.full((2,), 3.0))
+
+
+def test_a_single_task_of_a_step_has_weight_1():
+    rule = started(3, base_losses=[1.0, 2.0, 4.0], start_epoch=0)
+    for i in range(6):
+        assert missing(rule, [3.0 - 0.1 * i], (i % 3,)).tolist() == [1.0]
+    assert len(transitions(rule)["reward"]) == 0
+
+
+@pytest.mark.parametrize("background", [False, True])
+def test_a_state_with_missing_tasks_goes_on_bit_for_bit(background):
+    sets = [(0, 1), (1, 2), (0, 1, 2), (2,), (0, 2), (0, 1)] * 6
+    rules = [
+        started(3, base_losses=[1.0, 2.0, 4.0], background=background, update_after=1, start_epoch=2) for _ in "ab"
+    ]
+
+    def run(rule, first, last):
+        return [missing(rule, losses_of(i, 3)[list(sets[i])], sets[i]) for i in range(first, last)]
+
+    start = run(rules[0], 0, 17)
+    rules[1].load_state_dict(copy.deepcopy(rules[0].state_dict()))
+    assert all(map(torch.equal, run(rules[0], 17, 36), run(rules[1], 17, 36)))
+    assert rules[0].state_dict()["learner"]["updates"] > 0
+    assert all(weights.isfinite().all() for weights in start)
 
 
 def test_read_later_the_losses_of_the_step_before_are_acted_on(monkeypatch):

@@ -21,7 +21,7 @@ PACKAGE = ROOT / "igb_kernels"
 CSRC = ROOT / "csrc"
 MODULES = sorted(path for path in PACKAGE.rglob("*.py"))
 
-FOUNDATION = {"_log", "_seed", "_compile", "status", "card"}
+FOUNDATION = {"_log", "_seed", "_compile", "status", "card", "active"}
 OPERATIONS = FOUNDATION | {"backends", "ops"}
 ALLOWED = {
     "_log": set(),
@@ -29,6 +29,7 @@ ALLOWED = {
     "_compile": set(),
     "status": set(),
     "card": set(),
+    "active": set(),
     "_native": {"_C"},
     "backends": FOUNDATION | {"_native", "_C"},
     "ops": FOUNDATION | {"backends"},

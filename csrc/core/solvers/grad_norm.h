@@ -3,8 +3,8 @@
 //   sum_k |w_k n_k - T_k|,  T_k = mean(w n) r_k^alpha held fixed,  r_k = (L_k / L_k(0)) / mean(L / L(0)),
 // over p with w = K softmax(p), or over w = p itself (direct). The gradient of p is left in the state; where a norm is at
 // its target to rounding, the subgradient 0. A task with L(0) <= 0 has no rate: r = 1, left out of the mean.
-// L(0) is the losses of the first step, or, with wait, their mean over the steps until the caller sets `known`; until
-// then w = 1 and p rests.
+// L(0) is each task's loss in its first step, or, with wait, the mean over its steps until the caller sets `known`; a
+// task before that has no rate, and while no task has one w = 1 and p rests.
 #pragma once
 
 #include "../gramian.h"
@@ -14,12 +14,12 @@ namespace igb {
 
 struct GradNorm {
   enum Option { alpha, direct, wait, option_count };
-  enum State { known, steps, sums };  // L(0) = sums / steps, K sums; then the gradient of p, K
+  enum Row { known, steps, sums, gradients, row_count };  // of the state, K each: L(0) = sums / steps; gradients of p
   static constexpr bool needs_gram = false;
   static constexpr bool needs_losses = true;
   static constexpr double inactive_ratio = 1e-12;
   IGB_HD static constexpr int per_task_size(int tasks) { return tasks; }  // p
-  IGB_HD static constexpr int state_size(int tasks) { return sums + 2 * tasks; }
+  IGB_HD static constexpr int state_size(int tasks) { return row_count * tasks; }
   IGB_HD static constexpr int workspace_size(int tasks) { return 2 * tasks; }
 
   template <class Team>
@@ -30,7 +30,7 @@ struct GradNorm {
       fill(tasks, weights, NAN, team);
       return non_finite;
     }
-    double* gradient = problem.state + sums + tasks;
+    double* gradient = problem.state + gradients * tasks;
     const bool has_initial = record_initial(problem, team);
     if (norms.active == 0 || !has_initial) {
       for (int i = team.lane(); i < tasks; i += team.width()) {
@@ -62,20 +62,22 @@ struct GradNorm {
  private:
   static constexpr double largest_ratio = 1e300;  // of a loss to L(0)
 
-  // Whether L(0) is known.
+  // Whether L(0) is known of some task.
   template <class Team>
   IGB_HD static bool record_initial(const Problem& problem, const Team& team) {
-    double* state = problem.state;
-    if (state[known] != 0.0) return true;
-    const bool serves = problem.options[wait] == 0.0;
-    team.sync();  // every lane has read it
-    for (int i = team.lane(); i < problem.tasks; i += team.width()) state[sums + i] += problem.losses[i];
-    if (team.lane() == 0) {
-      state[steps] += 1.0;
-      state[known] = serves ? 1.0 : 0.0;
+    const int tasks = problem.tasks;
+    double *is_known = problem.state + known * tasks, *counts = problem.state + steps * tasks;
+    double* losses = problem.state + sums * tasks;
+    for (int i = team.lane(); i < tasks; i += team.width()) {
+      if (is_known[i] != 0.0) continue;
+      losses[i] += problem.losses[i];
+      counts[i] += 1.0;
+      if (problem.options[wait] == 0.0) is_known[i] = 1.0;
     }
     team.sync();
-    return serves;
+    bool any = false;
+    for (int i = 0; i < tasks; ++i) any = any || is_known[i] != 0.0;
+    return any;
   }
 
   // The derivative of the objective in each w_k: n_k, 0 or -n_k. Tasks without gradient take no part.
@@ -85,8 +87,8 @@ struct GradNorm {
     const int tasks = problem.tasks;
     const double* state = problem.state;
     for (int i = team.lane(); i < tasks; i += team.width()) {
-      const double initial = state[sums + i] / state[steps];
-      const bool has_rate = norms.is_active(i) && initial > 0.0;
+      const double initial = state[sums * tasks + i] / state[steps * tasks + i];
+      const bool has_rate = norms.is_active(i) && state[known * tasks + i] != 0.0 && initial > 0.0;
       ratios[i] = has_rate ? fmin(fmax(problem.losses[i], 0.0) / initial, largest_ratio) : -1.0;
     }
     team.sync();

@@ -1,6 +1,6 @@
 // MetaBalance (He et al., WWW 2022, arXiv:2203.06801): auxiliary gradients are brought to the length of the target task's,
 //   w_k = r m_target / m_k + (1 - r),     m <- beta m + (1 - beta) |g|,
-// by moving averages m of the norms. A task has none before its first gradient, with which its average starts.
+// by moving averages m of the norms; w = 1 without a target (an index below 0). A task has none before its first gradient, with which its average starts.
 #pragma once
 
 #include "../gramian.h"
@@ -25,9 +25,10 @@ struct MetaBalance {
     for (int i = team.lane(); i < problem.tasks; i += team.width())
       average[i] = average[i] > 0.0 ? beta * average[i] + (1.0 - beta) * norms.values[i] : norms.values[i];
     team.sync();
-    const double length = average[static_cast<int>(options[target])];
+    const int index = static_cast<int>(options[target]);
+    const double length = index < 0 ? 0.0 : average[index];
     for (int i = team.lane(); i < problem.tasks; i += team.width())
-      weights[i] = average[i] > 0.0 ? mix * (length / average[i]) + (1.0 - mix) : 1.0;
+      weights[i] = index >= 0 && average[i] > 0.0 ? mix * (length / average[i]) + (1.0 - mix) : 1.0;
     team.sync();
     return 0;
   }
