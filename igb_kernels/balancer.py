@@ -117,6 +117,9 @@ class Balancer:
             papers do. "weighted": that of w_k s_k L_k, as the shared parameters do; needs `task_parameters`.
         task_parameters: the task-specific parameters, for `heads="weighted"`; an iterable or a module.
         backend: "auto", or a name from `igb_kernels.backends()`.
+        bank_dtype: torch.bfloat16 halves the memory of methods that keep K gradients: each that is float32 is rounded
+            after its pass (to 2^-8 of every element), and the rounded ones are measured and combined, in float32.
+            Gradients in other dtypes are kept as they come; accumulated squares stay as they are.
         capture: when the shared parameters' gradients are taken and worked on; both ways give the same bits. "passes":
             after each task's backward pass. "hooks": while it runs, in buckets of neighbouring parameters, by
             post-accumulate hooks that are there during `backward` only. A complete bucket is taken, and averaged or
@@ -126,9 +129,6 @@ class Balancer:
             (2 MB; on a GPU 25 MB), methods that need one pass or single elements, `independent` and `accumulate` work
             as with "passes". So does, with a word in the log, a model whose gradients come in several pieces
             (reentrant checkpoints of tied blocks) or on several streams.
-        bank_dtype: torch.bfloat16 halves the memory of methods that keep K gradients: each that is float32 is rounded
-            after its pass (to 2^-8 of every element), and the rounded ones are measured and combined, in float32.
-            Gradients in other dtypes are kept as they come; accumulated squares stay as they are.
 
     Raises:
         ValueError, TypeError: naming the argument, the rule, and what was found.
@@ -143,8 +143,8 @@ class Balancer:
         heads: str = "scaled",
         task_parameters: Iterable[Tensor] | nn.Module | None = None,
         backend: str = "auto",
-        capture: str = "passes",
         bank_dtype: torch.dtype | None = None,
+        capture: str = "passes",
     ) -> None:
         self.gradients, self.losses = _methods(gradients, losses)
         self.shared = _parameters("shared", shared)

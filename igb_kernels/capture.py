@@ -178,16 +178,16 @@ def _backward(
         raise
 
 
-def take_grads(params: Sequence[Tensor], argument: str = "shared") -> list[Tensor | None]:
-    """The parameters' gradients, as plain memory; they lose them."""
-    grads = in_plain_memory([p.grad for p in params], argument)
+def take_grads(params: Sequence[Tensor], argument: str = "shared", first: int = 0) -> list[Tensor | None]:
+    """The parameters' gradients, as plain memory; they lose them. Messages count from `first`."""
+    grads = in_plain_memory([p.grad for p in params], argument, first)
     for p, grad in zip(params, grads, strict=True):
         if grad is not None:
             p.grad = None
     return grads
 
 
-def in_plain_memory(grads: Sequence[Tensor | None], argument: str) -> list[Tensor | None]:
+def in_plain_memory(grads: Sequence[Tensor | None], argument: str, first: int = 0) -> list[Tensor | None]:
     """The gradients, with a copy of each that is more than numbers at an address: sparse ones, and those that PyTorch
     is yet to conjugate or negate. `argument` names the parameters."""
     plain = list(grads)
@@ -196,8 +196,8 @@ def in_plain_memory(grads: Sequence[Tensor | None], argument: str) -> list[Tenso
             continue
         if grad.layout is not torch.strided:
             warn_once(
-                f"{argument}[{i}], of shape {tuple(grad.shape)}, has sparse gradients: a task's gradients are compared "
-                "and summed whole, so each is made dense, at the cost of memory and time for all rows, and so is .grad"
+                f"{argument}[{first + i}], of shape {tuple(grad.shape)}, has sparse gradients: a task's gradients are "
+                "compared and summed whole, so each is made dense, at the cost of memory and time for all rows, and so is .grad"
             )
             plain[i] = grad.to_dense()
         elif grad.is_neg() or grad.is_conj():

@@ -59,8 +59,6 @@ class Arrivals:
     """Of each bucket with gradients, the parameter that got its own last."""
     of_bucket: dict[int, list[int]]
     """By bucket, the parameters that got one; the last first."""
-    at_end: set[int]
-    """Buckets that are left to the end of the pass, for a sparse gradient."""
 
 
 class HookedCapture(Capture):
@@ -120,12 +118,9 @@ class HookedCapture(Capture):
         if len(streams) > 1:
             self._give_up(f"the gradients of a pass come on {len(streams)} streams")
         order = [i for i, _, _ in came]
-        sparse = {i for i, grad, _ in came if grad.layout is not torch.strided}
         of_bucket = {b.start: [i for i in reversed(order) if b.start <= i < b.stop] for b in rows.buckets}
-        at_end = {start for start, members in of_bucket.items() if sparse.intersection(members)}
-        of_bucket |= {start: [] for start in at_end}
         last = [members[0] for members in of_bucket.values() if members]
-        self._arrivals[task] = Arrivals(last, of_bucket, at_end)
+        self._arrivals[task] = Arrivals(last, of_bucket)
         came.clear()
         self._take_all(rows, take_grads(self.params))
 
@@ -149,9 +144,9 @@ class HookedCapture(Capture):
                     return
             for bucket in list(pending):
                 members = expected.of_bucket[bucket.start]
-                if all(_is_dense(self.params[i].grad) for i in members):
+                if all(self.params[i].grad is not None for i in members):
                     pending.remove(bucket)
-                    taken[bucket.start] = take_grads(self.params[bucket])
+                    taken[bucket.start] = take_grads(self.params[bucket], first=bucket.start)
                     self._work_on(bucket, taken[bucket.start], rows, measure, stream)
 
         with ExitStack() as hooks:
@@ -189,12 +184,11 @@ class HookedCapture(Capture):
 
     def _take_the_rest(self, task: int, rows: TaskGradients, taken: dict[int, Grads]) -> None:
         """After the pass: buckets that were not complete as expected, and what came after its bucket was taken."""
-        grads, at_end = take_grads(self.params), self._arrivals[task].at_end
+        grads = take_grads(self.params)
         for bucket in rows.buckets:
             late = grads[bucket]
             if any(grad is not None for grad in late):
-                if bucket.start not in at_end:
-                    self._arrivals.pop(task, None)
+                self._arrivals.pop(task, None)
             elif bucket.start in taken:
                 continue
             if bucket.start in taken:
@@ -217,10 +211,6 @@ def _hooked(p: Tensor, hook: Callable[[Tensor], None]) -> Callable[[], None]:
     handle = p.register_post_accumulate_grad_hook(hook)  # type: ignore[no-untyped-call]
     remove: Callable[[], None] = handle.remove
     return remove
-
-
-def _is_dense(grad: Tensor | None) -> bool:
-    return grad is not None and grad.layout is torch.strided
 
 
 CAPTURES: dict[str, type[Capture]] = {"passes": Capture, "hooks": HookedCapture}

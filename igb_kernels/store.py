@@ -146,6 +146,13 @@ class TaskGradients:
             result.record_stream(self._home)  # type: ignore[arg-type]  # the stub knows no Stream of torch.cuda
         return result
 
+    def _apart(self, of_bucket: Callable[[slice], OptionalTensors]) -> OptionalTensors:
+        """The buffers of all buckets by parameter, without those that share memory."""
+        buffers: Grads = [None] * len(self.params)
+        for bucket in self.buckets:
+            buffers[bucket] = of_bucket(bucket)
+        return apart(buffers)
+
     def _write(
         self,
         bucket: slice,
@@ -156,8 +163,8 @@ class TaskGradients:
         previous: Grads,
         buffers: OptionalTensors,
     ) -> None:
-        """Adds the weighted sum of a bucket's `rows` to `previous`, or writes it, where possible over `buffers`,
-        which share no memory with others of any bucket."""
+        """Adds the weighted sum of a bucket's `rows` to `previous`, or writes it, where possible over `buffers`, which
+        share no memory."""
         params = self.params[bucket]
         # A parameter that was frozen on the way keeps its moving average, but gets no gradient.
         reached = [c if p.requires_grad else None for p, c in zip(params, table.columns, strict=True)]
@@ -324,8 +331,7 @@ class KeptGradients(TaskGradients):
                 torch._foreach_mul_(present, factor)
 
     def write(self, weights: Tensor, previous: Grads) -> None:
-        weights = self.units.on_rows(weights)
-        buffers = apart([c for bucket in reversed(self.buckets) for c in self._table(bucket).columns])
+        weights, buffers = self.units.on_rows(weights), self._apart(lambda bucket: self._table(bucket).columns)
         for bucket in self.buckets:
             rows, table = self._rows_of(bucket), self._table(bucket)
             self._write(bucket, rows, self._tasks, table, weights, previous[bucket], buffers[bucket])
@@ -549,8 +555,7 @@ class AveragedGradients(TaskGradients):
         return self._measured(bucket, lambda bucket: self.backend.gram(self._table(bucket), self._tasks))
 
     def write(self, weights: Tensor, previous: Grads) -> None:
-        weights = self.units.in_grad(weights)
-        buffers = apart([buffer for bucket in reversed(self.buckets) for buffer in self._spent[bucket.start]])
+        weights, buffers = self.units.in_grad(weights), self._apart(lambda bucket: self._spent[bucket.start])
         for bucket in self.buckets:
             rows, table = self._averages.spare.flat(0, self._tasks, bucket), self._table(bucket)
             self._write(bucket, rows, self._tasks, table, weights, previous[bucket], buffers[bucket])
@@ -626,13 +631,15 @@ class RunningSum(TaskGradients):
             norm = norm * factor.square()
         self._norms.append(norm)
         weight = self._weight(norm) if factor is None else self._weight(norm) * factor
-        row = [self._row[bucket.start] for bucket in self.buckets]
-        grads = [grad for part in reversed(row) for grad in part]
-        own = apart(grads) if any(s is None and g is not None for s, g in zip(self._sum, grads, strict=True)) else grads
+        row: Grads = [None] * len(self.params)
         for bucket in self.buckets:
-            self._add(bucket, self._row.pop(bucket.start), own[bucket], weight)
+            row[bucket] = self._row.pop(bucket.start)
+        own = apart(row)
+        for bucket in self.buckets:
+            self._add(bucket, row[bucket], own[bucket], weight)
 
     def _add(self, bucket: slice, grads: Grads, own: OptionalTensors, weight: Tensor) -> None:
+        """Adds a bucket of the row; the sum may start in gradients that are `own`, and share no memory."""
         start = bucket.start
         started = [p for p, g in enumerate(grads, start) if g is not None and self._sum[p] is not None]
         starting = [p for p, g in enumerate(grads, start) if g is not None and self._sum[p] is None]

@@ -434,7 +434,7 @@ def test_gradients_are_taken_early(kind, early):
     assert taken[:WATCHED] == [0] * WATCHED
     if kind == "reentrant checkpoint of tied blocks":
         assert not any(taken)
-    elif kind in ("branches in changing order", "sparse on the way"):
+    elif kind == "branches in changing order":
         assert any(taken)  # the pass after a surprise is watched
     else:
         assert taken[1] >= TASKS * (len(store.buckets_of(situation.shared)) - 1)
@@ -613,6 +613,28 @@ def test_a_pass_that_fails(name, task):
             balanced.backward(net.losses(step))
             grads.append([p.grad for p in net.parameters()])
         assert same(*grads)
+
+
+@only_small_buckets
+@pytest.mark.parametrize("name", KEPT_IN_EVERY_WAY)
+def test_sparse_gradients(name, warnings_said):
+    """Made dense in the pass, with the same bits as after it; also where they become sparse on the way."""
+    found = []
+    for capture in ("hooks", "passes"):
+        torch.manual_seed(0)
+        table, layer = nn.Embedding(7, 5, sparse=True), nn.Linear(5, 5)
+        shared = [table.weight, *layer.parameters()]
+        balanced = igb.Balancer(**EVERY[name](), shared=shared, capture=capture)
+        for step in range(4):
+            for p in shared:
+                p.grad = None
+            x = table.weight[:3] if step == 1 else table(torch.arange(3))
+            balanced.backward([(layer(x) - k).square().mean() for k in range(TASKS)])
+            found.append([p.grad for p in shared])
+        assert not hooks_on(shared)
+    assert same(found[:4], found[4:])
+    assert len(warnings_said) == 1
+    assert warnings_said[0].startswith("shared[0], of shape (7, 5), has sparse gradients")
 
 
 @only_small_buckets
