@@ -197,7 +197,8 @@ def in_plain_memory(grads: Sequence[Tensor | None], argument: str, first: int = 
         if grad.layout is not torch.strided:
             warn_once(
                 f"{argument}[{first + i}], of shape {tuple(grad.shape)}, has sparse gradients: a task's gradients are "
-                "compared and summed whole, so each is made dense, at the cost of memory and time for all rows, and so is .grad"
+                "compared and summed whole, so each is made dense, at the cost of memory and time for all rows, and "
+                "so is .grad"
             )
             plain[i] = grad.to_dense()
         elif grad.is_neg() or grad.is_conj():
