@@ -51,15 +51,22 @@ class NashMTL(GradientBalancer):
             raise ValueError(f"update_every must be an integer of at least 1, found {update_every!r}")
         self.update_every = update_every
         self._steps = UsableSteps()
-        self._solved_for: tuple[int, ...] | None = None  # the tasks that the weights are of, None: all,
-        self._solved_by = 0  # from this number of usable steps on
+        self._solved_for: tuple[int, ...] | None = None  # the tasks that the weights are of, None: all
+        self._solved: tuple[int, tuple[int, ...] | None] | None = None  # by the last step: usable ones before it, tasks
 
     @property
     def _holds(self) -> bool:
         if self.update_every == 1:
             return False
+        return self._count() % self.update_every != 0 and self._solved_for == self._ids
+
+    def _count(self) -> int:
+        """Usable steps; waits for the end of the last one, which decides whose the weights are."""
         steps = self._steps.count
-        return steps % self.update_every != 0 and steps >= self._solved_by and self._solved_for == self._ids
+        if self._solved is not None and steps > self._solved[0]:
+            self._solved_for = self._solved[1]
+        self._solved = None
+        return steps
 
     @property
     def _ids(self) -> tuple[int, ...] | None:
@@ -85,7 +92,7 @@ class NashMTL(GradientBalancer):
         super().commit(status)
         if self.update_every > 1:
             if not self._holds:
-                self._solved_for, self._solved_by = self._ids, self._steps.count + 1  # if this step could be used
+                self._solved = self._count(), self._ids
             self._steps.add(status)
 
     def host_decision(self) -> str | None:
@@ -95,9 +102,8 @@ class NashMTL(GradientBalancer):
         """See the base class."""
         return {
             **super().state_dict(),
-            "steps": self._steps.count,
+            "steps": self._count(),
             "solved_for": self._solved_for,
-            "solved_by": self._solved_by,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -105,7 +111,7 @@ class NashMTL(GradientBalancer):
         super().load_state_dict(state)
         self._steps = UsableSteps(state["steps"])
         solved_for = state["solved_for"]
-        self._solved_for, self._solved_by = None if solved_for is None else tuple(solved_for), state["solved_by"]
+        self._solved_for, self._solved = None if solved_for is None else tuple(solved_for), None
 
     def __repr__(self) -> str:
         return f"NashMTL(max_norm={self.max_norm:g}, update_every={self.update_every})"

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from igb_kernels.active import ActiveTasks
+from igb_kernels.backends import captures_graph
 from igb_kernels.losses._readback import Readback
 from igb_kernels.status import UNUSABLE
 
@@ -101,6 +102,8 @@ class BaseLosses:
         """A step has ended with these losses of its tasks [A] and this status, int32 []."""
         if self.settled() or self._means is None or self._base is None:
             return
+        if self.steps is None and self._epoch < self.base_epoch and not captures_graph(losses.device):
+            return  # a captured step is replayed in later epochs, too
         self._means.add(losses, status, active, self.steps)
         if self.steps is not None:
             counts = self._means.sums[1]

@@ -11,6 +11,7 @@ from samplers import gramian, jacobian
 from tolerances import NASH_RESIDUAL
 from variants import Variant
 
+import igb_kernels as igb
 from igb_kernels import Status
 
 UNCLIPPED = Variant("nash_mtl", {"max_norm": 0.0})
@@ -104,3 +105,25 @@ def test_held_weights(backend, max_norm):
     assert torch.equal(state, alpha)
     norm = float((second.T @ alpha).norm())
     torch.testing.assert_close(weights, alpha * (min(1.0, max_norm / norm) if max_norm else 1.0), rtol=1e-12, atol=0)
+
+
+def test_held_weights_are_for_the_tasks_that_they_were_solved_for():
+    """Others solve anew, and again after a step that could not be used."""
+    p = torch.zeros(4, dtype=torch.float64, requires_grad=True)
+    rows = torch.tensor([[1.0, 0, 2, 0], [0, 3, 1, 0], [0.5, 0, 0, 1]], dtype=torch.float64)
+    method = igb.NashMTL(0.0, update_every=100)
+    balancer = igb.Balancer(method, shared=[p])
+
+    def solves(*ids, factor=1.0):
+        result = balancer.backward([(factor * row) @ p + 1 if k in ids else None for k, row in enumerate(rows)])
+        products = (result.gram @ result.weights * result.weights)[list(ids)]
+        return bool(((products - 1).abs() < 1e-9).all())
+
+    assert solves(0, 1, 2)
+    assert not solves(0, 1, 2, factor=2.0)
+    assert solves(0, 2, factor=3.0)
+    assert not solves(0, 2)
+    assert solves(0, 1, 2)
+    assert not solves(0, 1, factor=torch.nan)
+    assert solves(0, 1, factor=4.0)
+    assert not solves(0, 1)
