@@ -482,7 +482,8 @@ class Balancer:
                 if head_rows is not None:
                     head_rows.add(row[params:])
             return
-        for _ in self._capture.fill(rows, backward_passes(step.tasks, step.seeds, step.retain_graph), measure):
+        passes = backward_passes(step.tasks, step.seeds, step.retain_graph)
+        for _ in self._capture.fill(rows, passes, step.ids, measure):
             if head_rows is not None:
                 head_rows.add(take_grads(self.task_parameters, "task_parameters"))
 

@@ -33,8 +33,10 @@ class Capture:
         """For copies and pickles: what was learned of the passes is learned again."""
         return type(self), (self.params,)
 
-    def fill(self, rows: TaskGradients, passes: Sequence[Pass], measure: Measure | None) -> Iterator[None]:
-        """Runs the backward passes, and yields after each when its gradients are in the store.
+    def fill(
+        self, rows: TaskGradients, passes: Sequence[Pass], tasks: Sequence[int], measure: Measure | None
+    ) -> Iterator[None]:
+        """Runs the backward passes of these tasks, and yields after each when its gradients are in the store.
 
         `measure` is what the store will be asked for: `gram`, `sq_norms`, `excess`, or None of them.
         """
@@ -78,12 +80,14 @@ class HookedCapture(Capture):
         self._unsafe = False
         self._side: torch.cuda.Stream | None = None
 
-    def fill(self, rows: TaskGradients, passes: Sequence[Pass], measure: Measure | None) -> Iterator[None]:
+    def fill(
+        self, rows: TaskGradients, passes: Sequence[Pass], tasks: Sequence[int], measure: Measure | None
+    ) -> Iterator[None]:
         """As in the base class."""
         if len(rows.buckets) == 1 or measure is None:  # nothing to be done before the end
-            yield from super().fill(rows, passes, measure)
+            yield from super().fill(rows, passes, tasks, measure)
             return
-        for task, run in enumerate(passes):
+        for task, run in zip(tasks, passes, strict=True):
             rows.begin()
             if self._unsafe:
                 run()

@@ -384,7 +384,7 @@ class Row:
         self.averages = averages
 
 
-MOST_TABLES = 1024
+MOST_TABLES = 4096
 """Kept from step to step; of more, as where ever other tasks are missing, none."""
 
 
@@ -400,7 +400,7 @@ class MovingAverages:
     def __init__(self, rows: Sequence[Grads] = ()) -> None:
         self._current = [Row(list(row)) for row in rows]
         self._spare = [Row([None] * len(row)) for row in rows]
-        self._tables: dict[tuple[int | Row, ...], Table] = {}
+        self._tables: dict[tuple[tuple[Row, ...], int, int], Table] = {}
         self._captured = False
 
     def __reduce__(self) -> tuple[type[MovingAverages], tuple[list[Grads]]]:
@@ -439,21 +439,22 @@ class MovingAverages:
 
     def tables(self, backend: Backend, tasks: Sequence[int], columns: slice, own: bool) -> tuple[Table, Table]:
         """Those of `spare` and `current`, of the tasks."""
-        current = self._table(backend, [self._current[k] for k in tasks], columns, own)
+        current = self._table(backend, tuple([self._current[k] for k in tasks]), columns, own)
         return self.spare_table(backend, tasks, columns, own), current
 
     def spare_table(self, backend: Backend, tasks: Sequence[int], columns: slice, own: bool) -> Table:
         """That of `spare`, of the tasks."""
-        return self._table(backend, [self._spare[k] for k in tasks], columns, own)
+        return self._table(backend, tuple([self._spare[k] for k in tasks]), columns, own)
 
-    def _table(self, backend: Backend, rows: list[Row], columns: slice, own: bool) -> Table:
-        """In a captured step, or for another stream than the balancer's, an `own` one, which no other uses or drops."""
-        key = (columns.start, columns.stop, *rows)
+    def _table(self, backend: Backend, rows: tuple[Row, ...], columns: slice, own: bool) -> Table:
+        """In a captured step, or for another stream than the balancer's, its `own`, which no other uses or drops."""
+        key = (rows, columns.start, columns.stop)
         table = None if own else self._tables.get(key)
         if table is None:
             table = backend.Table([average for row in rows for average in row.averages[columns]], len(rows))
+            assert table is not None
             if not own:
-                if len(self._tables) >= MOST_TABLES:
+                if len(self._tables) == MOST_TABLES:
                     self._tables.clear()
                 self._tables[key] = table
         return table
@@ -462,7 +463,7 @@ class MovingAverages:
         self._captured = self._captured or captured
         if self._captured:
             self._start_where_spare(tasks)
-        everything = slice(0, len(self._spare[tasks[0]].averages))
+        everything = slice(0, max(len(self._spare[k].averages) for k in tasks))
         spare, current = self.tables(backend, tasks, everything, captured)
         if not self._captured:
             backend.rollback_(spare, current, status)
@@ -547,7 +548,8 @@ class AveragedGradients(TaskGradients):
         first, last = self._averaged, self._tasks
         if scales is None and self.units.rows is not None:
             scales = self.units.rows[first:last]
-        out, old = self._averages.tables(self.backend, self._ids[first:last], bucket, self._captured or self._away)
+        own = self._captured or self._away
+        out, old = self._averages.tables(self.backend, self._ids[first:last], bucket, own)
         rows = self.backend.Table(self._waiting[bucket.start], last - first, out)
         norms = self.backend.ema_(out, old, rows, self._decay, last - first, scales)
         self._norms[bucket.start][self._batches :] = [self._to_home(norms)]
@@ -625,7 +627,7 @@ class SquaredGradients(KeptGradients):
         return self._measured(bucket, self._excess_of)
 
     def _excess_of(self, bucket: slice) -> Tensor:
-        out, old = self._squares.tables(self.backend, self._ids[: self._tasks], bucket, self._captured or self._away)
+        out, old = self._squares.tables(self.backend, self._ids, bucket, self._captured or self._away)
         rows = self.backend.Table(self._rows_of(bucket), self._tasks, out)
         return self.backend.accumulate_squares_(out, old, rows, EXCESS_EPS, self._tasks)
 

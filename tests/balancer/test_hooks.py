@@ -434,7 +434,7 @@ def test_gradients_are_taken_early(kind, early):
     assert taken[:WATCHED] == [0] * WATCHED
     if kind == "reentrant checkpoint of tied blocks":
         assert not any(taken)
-    elif kind in ("branches in changing order", "sparse on the way"):
+    elif kind == "branches in changing order":
         assert any(taken)  # the pass after a surprise is watched
     else:
         assert taken[1] >= TASKS * (len(store.buckets_of(situation.shared)) - 1)
