@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from igb_kernels import _log, balancer, store
+from igb_kernels import _log, passes, store
 
 
 @pytest.fixture(autouse=True)
@@ -21,7 +21,7 @@ def one_thread() -> Iterator[None]:
 def rows_at_once(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Large models' gradients are averaged or summed one by one, small ones' together."""
     monkeypatch.setattr(store, "rows_in_cache", lambda params: request.param)
-    monkeypatch.setattr(balancer, "rows_in_cache", lambda params: request.param)
+    monkeypatch.setattr(passes, "rows_in_cache", lambda params: request.param)
 
 
 @pytest.fixture

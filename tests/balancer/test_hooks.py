@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import igb_kernels as igb
-from igb_kernels import balancer, losses, store
+from igb_kernels import balancer, losses, passes, store
 from igb_kernels.gradients import METHODS
 
 from . import test_parameters
@@ -54,7 +54,7 @@ KEPT_IN_EVERY_WAY = [
 def small_buckets(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of one parameter each, or of a few bytes; the models count as large."""
     monkeypatch.setitem(store.BUCKET_BYTES, "cpu", request.param)
-    for module in (store, balancer):
+    for module in (store, passes):
         monkeypatch.setattr(module, "rows_in_cache", lambda params: 1)
 
 
@@ -552,7 +552,7 @@ def test_nothing_is_left_of_a_balancer():
     balanced = igb.Balancer("db_mtl", shared=net.shared, capture="hooks")
     for step in range(3):
         balanced.backward(net.losses(step))
-    alive = [weakref.ref(balanced), weakref.ref(balanced._capture)]
+    alive = [weakref.ref(balanced), weakref.ref(balanced._passes.capture)]
     params = [weakref.ref(p) for p in net.shared]
     assert not hooks_on(net.shared)
     del balanced

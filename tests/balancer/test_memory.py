@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 import igb_kernels as igb
-from igb_kernels import balancer as balancer_module
+from igb_kernels import passes
 
 from .models import TASKS, Net, Snapshot, flat, grads_of, make_net, same
 from .oracle import TOLERANCE, check_sum
@@ -201,7 +201,7 @@ def test_methods_that_keep_no_gradients_refuse_a_bank(gradients):
 
 def test_the_memory_benchmark_keeps_its_bars(tmp_path, monkeypatch, capsys):
     monkeypatch.syspath_prepend(pathlib.Path(__file__).parents[2])
-    monkeypatch.setattr(balancer_module, "rows_in_cache", lambda params: 1)  # as of a large model
+    monkeypatch.setattr(passes, "rows_in_cache", lambda params: 1)  # as of a large model
     from benchmarks import memory
 
     path = tmp_path / "memory.json"

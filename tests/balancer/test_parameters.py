@@ -373,7 +373,7 @@ def test_on_the_reference_backend(situation, method):
 @pytest.mark.parametrize("rows", [1, 1000])
 @pytest.mark.parametrize("method", ["db_mtl beta 0", "db_mtl"])
 def test_complex_gradients_one_by_one_or_together(method, rows, monkeypatch):
-    for module in (igb.balancer, igb.store):
+    for module in (igb.passes, igb.store):
         monkeypatch.setattr(module, "rows_in_cache", lambda params: rows)
     play(complex_parameters(), method)
     play(a_real_parameter_as_imaginary_part(), method, existing=True)

@@ -88,6 +88,9 @@ STATES = {
     "igb_v2 in the foreground": lambda: igb_v2(background=False),
     "igb_v2 in the background": lambda: igb_v2(background=True),
     "nash every 7": lambda: {"gradients": igb.NashMTL(update_every=7)},
+    "metabalance": lambda: {"gradients": "metabalance"},
+    "cagrad": lambda: {"gradients": "cagrad"},
+    "upgrad": lambda: {"gradients": "upgrad"},
 }
 WITH_STATE = [
     "db_mtl sigma",
@@ -101,6 +104,7 @@ WITH_STATE = [
     "sdm_grad",
     "excess_mtl",
     "grad_drop",
+    "metabalance",
     "igb_v1 mid-epoch",
     "imtl_l+db_mtl",
     "rlw",

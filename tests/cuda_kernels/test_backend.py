@@ -14,7 +14,7 @@ from oracle import assert_one_sign
 from samplers import LAYOUTS, gradients, per_task_of
 
 import igb_kernels as igb
-from igb_kernels import Status, _native, balancer, ops, store
+from igb_kernels import Status, _native, balancer, ops, passes, store
 from igb_kernels.backends import cuda, resolve
 
 pytestmark = pytest.mark.skipif(_native.module is None, reason=str(_native.reason))
@@ -49,7 +49,7 @@ def native(emulated, monkeypatch):
 
     monkeypatch.setattr(cuda, "native", recorder)
     monkeypatch.setattr(cuda, "_kept", {})
-    for module in (balancer, ops):
+    for module in (balancer, passes, ops):
         monkeypatch.setattr(module, "resolve", emulating)
     return recorder
 
@@ -221,7 +221,7 @@ def test_a_non_finite_step_leaves_the_state(name):
 @pytest.mark.parametrize("name", ["db_mtl", "db_mtl beta 0", "emtl", "imtl_g", "nash_mtl every 3"])
 def test_hooks_give_the_bits_of_passes(name, monkeypatch):
     monkeypatch.setitem(store.BUCKET_BYTES, "cpu", 100)
-    monkeypatch.setattr(balancer, "rows_in_cache", lambda params: 1)
+    monkeypatch.setattr(passes, "rows_in_cache", lambda params: 1)
     found = []
     for capture in ("passes", "hooks"):
         net = make_net("conv")

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import igb_kernels as igb
-from igb_kernels import balancer, store
+from igb_kernels import passes, store
 
 HERE = Path(__file__).parent
 
@@ -46,7 +46,7 @@ def cuda_backend() -> str:
 def rows_at_once(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Large models' gradients are averaged or summed one by one, small ones' together."""
     monkeypatch.setattr(store, "rows_in_cache", lambda params: request.param)
-    monkeypatch.setattr(balancer, "rows_in_cache", lambda params: request.param)
+    monkeypatch.setattr(passes, "rows_in_cache", lambda params: request.param)
 
 
 @pytest.fixture(autouse=True)

@@ -142,7 +142,7 @@ def test_buckets_are_worked_on_beside_the_pass(cuda_backend):
     for seed in range(3):
         take(balancer, net, seed)
     assert len(store.buckets_of(net.shared)) == 1
-    assert balancer._capture._side is None
+    assert balancer._passes.capture._side is None
     small = {**store.BUCKET_BYTES, "cuda": 1 << 20}
     store_bytes, store.BUCKET_BYTES = store.BUCKET_BYTES, small
     try:

@@ -1,4 +1,4 @@
-"""The tracked files build and install off line, and say the same version everywhere; the README runs."""
+"""The tracked files build and install off line, and say the same version everywhere; the guides run."""
 
 import contextlib
 import io
@@ -105,3 +105,25 @@ def test_the_readme_runs(at):
     torch.manual_seed(0)
     with contextlib.redirect_stdout(io.StringIO()):
         exec(compile(BLOCKS[at], str(README), "exec"), {"__name__": "__main__"})
+
+
+GUIDE = ROOT / "igb_kernels" / "TRAINING.md"
+GUIDE_TEXT = GUIDE.read_text()
+
+
+def test_the_training_guide_runs():
+    """Its snippets build on each other."""
+    names: dict[str, object] = {"__name__": "__main__"}
+    torch.manual_seed(0)
+    for match in BLOCK.finditer(GUIDE_TEXT):
+        exec(compile(match[1], str(GUIDE), "exec"), names)
+    assert "weights_of" in names
+
+
+def test_the_tests_that_the_training_guide_names_exist():
+    named = re.findall(r"`(test_\w+\.py)((?:::test_\w+)?)`((?:, `::test_\w+`)*)", GUIDE_TEXT)
+    assert len(named) > 15
+    for file, first, more in named:
+        text = (ROOT / "tests" / "balancer" / file).read_text()
+        for test in re.findall(r"::(test_\w+)", first + more):
+            assert f"def {test}(" in text, f"{file}::{test}"

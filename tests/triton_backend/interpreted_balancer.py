@@ -9,7 +9,7 @@ from balancer.oracle import CASES
 from balancer.test_step import play
 
 import igb_kernels as igb
-from igb_kernels import balancer, store
+from igb_kernels import passes, store
 
 METHODS = ["db_mtl", "db_mtl beta 0", "emtl", "imtl_g", "nash_mtl every 3"]
 
@@ -18,7 +18,7 @@ METHODS = ["db_mtl", "db_mtl beta 0", "emtl", "imtl_g", "nash_mtl every 3"]
 @pytest.mark.parametrize("name", METHODS)
 def test_every_method(name, rows, monkeypatch):
     monkeypatch.setattr(store, "rows_in_cache", lambda params: rows)
-    monkeypatch.setattr(balancer, "rows_in_cache", lambda params: rows)
+    monkeypatch.setattr(passes, "rows_in_cache", lambda params: rows)
     play(CASES[name], make_net("conv"), torch.float32, "scaled", backend="triton")
 
 

@@ -1,0 +1,288 @@
+"""The kinds of backward passes that steps take, and how they come to `.grad`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from igb_kernels.backends import Backend, resolve
+from igb_kernels.capture import GradsSetAside, TaskLosses, backward_passes, joint_pass, leaves, take_grads, task_passes
+from igb_kernels.gradients.base import GradientBalancer, Needs
+from igb_kernels.hooks import Capture, Measure
+from igb_kernels.status import Status
+from igb_kernels.store import (
+    AveragedGradients,
+    Grads,
+    KeptGradients,
+    MovingAverages,
+    RunningSum,
+    SquaredGradients,
+    TaskGradients,
+    Units,
+    rows_in_cache,
+)
+
+
+@dataclass(frozen=True)
+class Step:
+    """What the passes of a step share."""
+
+    tasks: TaskLosses
+    ids: Sequence[int]
+    """The tasks that any of the micro-batches had."""
+    losses: Tensor
+    """Of all micro-batches, [K]."""
+    scales: Tensor
+    seeds: Tensor
+    """The seeds of the passes [K]: the scales, times the GradScaler's factor."""
+    units: Units
+    rows: Sequence[Grads] | None
+    """Gradients that were accumulated, of shared parameters and heads; else the passes make them."""
+    retain_graph: bool
+    shared: GradsSetAside
+    heads: GradsSetAside
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What the passes of a step came to."""
+
+    weights: Tensor
+    status: Tensor
+    measured: Tensor | None = None
+    stored: TaskGradients | None = None
+    """What may outlive the step."""
+
+
+class Passes:
+    """Runs the passes of a balancer's steps, and keeps what outlives them."""
+
+    def __init__(
+        self,
+        method: GradientBalancer,
+        shared: Sequence[Tensor],
+        heads: str,
+        task_parameters: Sequence[Tensor],
+        backend: str,
+        bank_dtype: torch.dtype | None,
+        capture: Capture,
+    ) -> None:
+        """The arguments are those of `Balancer`."""
+        self.method, self.shared, self.heads, self.task_parameters = method, shared, heads, task_parameters
+        self.backend, self.bank_dtype, self.capture = backend, bank_dtype, capture
+        self.averages = MovingAverages()
+        self._outgoing: list[Grads] | None = [] if shared[0].device.type == "cpu" else None
+        self._head_leaves: list[Tensor] = []
+        self._unreached: set[int] | None = None  # the tasks whose heads are not among them; None: all tasks
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies and pickles: all but what the next step finds or makes anew."""
+        outgoing: list[Grads] | None = None if self._outgoing is None else []
+        return {**vars(self), "_head_leaves": [], "_unreached": None, "_outgoing": outgoing}
+
+    @property
+    def _run(self) -> Backend:
+        return resolve(self.backend, self.shared[0].device.type)
+
+    def forget_heads(self) -> None:
+        """Before the first step, whichever it is."""
+        self._unreached = None
+
+    def find_heads(self, tasks: TaskLosses) -> None:
+        """The task-specific parameters of tasks that have not been there before."""
+        if self._unreached is None:
+            self._unreached = set(range(tasks.total))
+        elif self._unreached.isdisjoint(tasks.ids):
+            return
+        if self.heads == "scaled":
+            known = {id(p) for p in [*self.shared, *self._head_leaves]}
+            self._head_leaves += [p for p in leaves(tasks) if isinstance(p, nn.Parameter) and id(p) not in known]
+        self._unreached.difference_update(tasks.ids)
+
+    def head_params(self) -> Sequence[Tensor]:
+        """The task-specific parameters, as far as they are known."""
+        return self.task_parameters or self._head_leaves
+
+    def run(self, step: Step, others: Sequence[TaskLosses]) -> Outcome:
+        """The passes that the method's next step needs, and `.grad` from them; of `others`, the independent batches,
+        that of the shared parameters' weights."""
+        needs = self.method.needs()
+        if others:
+            return self._crossed_passes(step, others)
+        if needs is Needs.ELEMENTS:
+            return self._element_passes(step)
+        if step.rows is None:
+            if needs is Needs.NOTHING:
+                return self._joint_pass(step)
+            if needs is Needs.HELD and self.heads == "weighted":
+                return self._held_pass(step)
+        return self._task_passes(step)
+
+    def _task_passes(self, step: Step) -> Outcome:
+        """One pass for each task; weights from what they show; their weighted sum into `.grad`."""
+        self._make_previous_plain(step)
+        rows, head_rows, needs = self._rows(step), self._head_rows(step), self.method.needs()
+        measures = {Needs.EXCESS: rows.excess, Needs.GRAM: rows.gram, Needs.HELD: rows.gram}
+        measure = measures.get(needs, rows.sq_norms)
+        self._fill(step, rows, head_rows, measure)
+        measured = measure()
+        weights, status = self.method.solve(measured, step.losses, step.scales, self._run)
+        rows.write(weights, step.shared.previous)
+        self._write_heads(step, head_rows, weights)
+        return Outcome(weights, status, None if needs is Needs.EXCESS else measured, rows)
+
+    def _fill(
+        self, step: Step, rows: TaskGradients, head_rows: KeptGradients | None, measure: Measure | None = None
+    ) -> None:
+        """Gradients of shared parameters and, where they are kept, of heads, task by task; `measure` comes next."""
+        if step.rows is not None:
+            params = len(self.shared)
+            for row in step.rows:
+                rows.add(row[:params])
+                if head_rows is not None:
+                    head_rows.add(row[params:])
+            return
+        passes = backward_passes(step.tasks, step.seeds, step.retain_graph)
+        for _ in self.capture.fill(rows, passes, step.ids, measure):
+            if head_rows is not None:
+                head_rows.add(take_grads(self.task_parameters, "task_parameters"))
+
+    def _head_rows(self, step: Step) -> KeptGradients | None:
+        """Where heads' gradients are kept for their weights or scales; None: they add up in `.grad`."""
+        if step.rows is None and self.heads == "scaled":
+            return None
+        return KeptGradients(self.head_params(), self._run, step.units)
+
+    def _write_heads(self, step: Step, rows: KeptGradients | None, weights: Tensor) -> None:
+        if rows is None:
+            step.heads.add_back()
+        else:
+            own = weights if self.heads == "weighted" else torch.ones_like(weights)
+            rows.write(own, step.heads.previous)
+
+    def _element_passes(self, step: Step) -> Outcome:
+        """One pass for each task; then each element of `.grad` from some of the tasks, with weights 1."""
+        self._make_previous_plain(step)
+        # A factor that all rows share does not change which elements are taken.
+        units = step.units if step.rows is not None else Units()
+        rows = KeptGradients(self.shared, self._run, units, self._outgoing, self.bank_dtype)
+        head_rows = self._head_rows(step)
+        self._fill(step, rows, head_rows)
+        sq_norm = rows.write_of_one_sign(self.method.counter(), self.method.leak(), step.shared.previous)
+        _, status = self.method.solve(sq_norm, step.losses, step.scales, self._run)
+        weights = torch.ones_like(step.scales, dtype=torch.float64)
+        self._write_heads(step, head_rows, weights)
+        return Outcome(weights, status, stored=rows)
+
+    def _crossed_passes(self, step: Step, others: Sequence[TaskLosses]) -> Outcome:
+        """Weights from the inner products of two batches' gradients, all scaled as the losses are."""
+        self._make_previous_plain(step)
+        tasks, K = step.tasks, len(step.tasks)
+        pair = [KeptGradients(self.shared, self._run, step.units, dtype=self.bank_dtype) for _ in range(2)]
+        head_rows = KeptGradients(self.task_parameters, self._run, step.units) if self.task_parameters else None
+        for rows, batch in zip(pair, others if len(others) == 2 else (tasks, *others), strict=True):
+            into_params_only = batch is not tasks
+            for grads in task_passes(
+                batch, step.seeds, self.shared, step.retain_graph, into_params_only=into_params_only
+            ):
+                rows.add(grads)
+                del grads
+                if batch is tasks and head_rows is not None:
+                    head_rows.add(take_grads(self.task_parameters, "task_parameters"))
+        both = self._run.Table([*pair[0].rows, *pair[1].rows], 2 * K)
+        cross = step.units.gram(self._run.gram(both, 2 * K)[:K, K:])
+        weights, status = self.method.solve(cross, step.losses, step.scales, self._run)
+        if len(others) == 1:
+            pair[0].write(weights, step.shared.previous)
+            self._write_heads(step, head_rows, weights)
+        else:
+            self._weighted_pass(step, weights)
+            status = status | _bit_unless_finite(self._sq_norm_of_sum())
+            step.shared.add_back()
+            step.heads.add_back()
+        return Outcome(weights, status)
+
+    def _weighted_pass(self, step: Step, weights: Tensor) -> None:
+        """The update by weights known before: one pass, and one for heads that take no weights."""
+        weighted, leaves_of_heads = step.seeds * weights.to(step.seeds.dtype), self._head_leaves
+        if self.heads == "weighted" or not leaves_of_heads:
+            joint_pass(step.tasks, weighted, step.retain_graph)
+            return
+        joint_pass(step.tasks, weighted, True, [p for p in self.shared if p.requires_grad])
+        joint_pass(step.tasks, step.seeds, step.retain_graph, [p for p in leaves_of_heads if p.requires_grad])
+
+    def _joint_pass(self, step: Step) -> Outcome:
+        """One pass for all tasks, with weights 1; the gradients stay where autograd puts them."""
+        joint_pass(step.tasks, step.seeds, step.retain_graph)
+        _, status = self.method.solve(self._sq_norm_of_sum(), step.losses, step.scales, self._run)
+        step.shared.add_back()
+        step.heads.add_back()
+        # Of the sum of the gradients it is only known whether it is finite.
+        return Outcome(torch.ones_like(step.scales, dtype=torch.float64), status & int(Status.NON_FINITE))
+
+    def _held_pass(self, step: Step) -> Outcome:
+        """One pass for all tasks, with weights that were known before it."""
+        self._make_previous_plain(step)
+        weights, units = self.method.held_weights(), step.units.of_sum()
+        joint_pass(step.tasks, step.seeds * weights.to(step.seeds.dtype), step.retain_graph)
+        rows, head_rows = (KeptGradients(params, self._run, units) for params in (self.shared, self.task_parameters))
+        rows.add(take_grads(self.shared))
+        head_rows.add(take_grads(self.task_parameters, "task_parameters"))
+        factor, status = self.method.solve_held(rows.sq_norms(), self._run)
+        rows.write(factor, step.shared.previous)
+        head_rows.write(factor, step.heads.previous)
+        return Outcome(weights * factor, status)
+
+    def status_of_heads(self) -> Tensor:
+        """NON_FINITE where a head's gradient is; a GradScaler skips that step, too."""
+        grads = [p.grad for p in self.head_params()]
+        dense = [grad for grad in grads if grad is not None and grad.layout is torch.strided]
+        if not dense:
+            return torch.zeros((), dtype=torch.int32, device=self.shared[0].device)
+        return _bit_unless_finite(self._run.sq_norms(self._run.Table(dense, 1), 1))
+
+    def _sq_norm_of_sum(self) -> Tensor:
+        """Of what a joint pass left in `.grad` of the shared parameters, [1]."""
+        total = [g if g is None or g.layout is torch.strided else g._values() for g in (p.grad for p in self.shared)]
+        return self._run.sq_norms(self._run.Table(total, 1), 1)
+
+    def _make_previous_plain(self, step: Step) -> None:
+        """What is added to, as memory that can be written to."""
+        step.shared.make_plain("shared")
+        if self.task_parameters:
+            step.heads.make_plain("task_parameters")
+
+    def _rows(self, step: Step) -> TaskGradients:
+        method, run, units = self.method, self._run, step.units
+        decay = method.ema_decay()
+        if decay is not None:
+            scales = method.row_scales()
+            return AveragedGradients(self.shared, run, self.averages, step.ids, decay, scales, step.losses, units)
+        if method.needs() is Needs.EXCESS:
+            return SquaredGradients(self.shared, run, self.averages, step.ids, units, self._outgoing, self.bank_dtype)
+        streams = method.needs() is Needs.RUNNING_NORMS and step.rows is None
+        if streams and rows_in_cache(self.shared) < len(step.tasks):
+            return RunningSum(self.shared, run, method.running_weight, method.running_factor, units)
+        return KeptGradients(self.shared, run, units, self._outgoing, self.bank_dtype)
+
+    def keeps_gradients(self) -> bool:
+        """Whether steps keep K gradients, whatever the parameters' size."""
+        return self.method.ema_decay() is None and self.method.needs() not in (Needs.NOTHING, Needs.RUNNING_NORMS)
+
+
+def units_of(factor: Tensor | None, scales: Tensor, scaled_later: bool) -> Units:
+    """What rows are measured in: with the factor, and before the scales where these come later."""
+    rows = scales.double() if scaled_later else None
+    if factor is None:
+        return Units(rows)
+    factor = factor.double()
+    return Units((1 / factor).expand(len(scales)).contiguous() if rows is None else rows / factor, factor)
+
+
+def _bit_unless_finite(sq_norm: Tensor) -> Tensor:
+    """The status NON_FINITE or 0, int32 [], from a squared norm [1]."""
+    return (~sq_norm.isfinite().reshape(())).int()  # NON_FINITE is bit 0
