@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -188,13 +187,17 @@ class Balancer:
         if captured:
             self._check_capture()
         factor = _loss_factor(scaler, tasks.values.device)
-        with self._undone_if_it_raises():
+        before = self.state_dict() if self._tasks is None else None
+        try:
             self._start(tasks)
             if self._accumulated is not None:
                 self._accumulate(tasks, factor, retain_graph)
                 ids = tuple(self._accumulated.ids)
                 self._set_active(ids if len(ids) < tasks.total else None, tasks, captured)
             result = self._step(tasks, others, factor, retain_graph)
+        except BaseException:
+            self._forget(before)
+            raise
         self._names = self._names or tasks.names
         self._accumulated, self._last = None, result.active
         return result
@@ -226,9 +229,13 @@ class Balancer:
         tasks = self._read(losses, "losses")
         if captures_graph(self.shared[0].device):
             raise RuntimeError("accumulate cannot be captured in a CUDA graph: gradients are kept on the host's side")
-        with self._undone_if_it_raises():
+        before = self.state_dict() if self._tasks is None else None
+        try:
             self._start(tasks)
             self._accumulate(tasks, _loss_factor(scaler, tasks.values.device), retain_graph)
+        except BaseException:
+            self._forget(before)
+            raise
         self._names = self._names or tasks.names
 
     def _accumulate(self, tasks: TaskLosses, factor: Tensor | None, retain_graph: bool) -> None:
@@ -242,16 +249,10 @@ class Balancer:
         batch = Accumulated(tasks.ids, rows, tasks.values)
         self._accumulated = batch if so_far is None else so_far.followed_by(batch)
 
-    @contextmanager
-    def _undone_if_it_raises(self) -> Iterator[None]:
-        """The first step makes the state; if it raises, there is none."""
-        before = self.state_dict() if self._tasks is None else None
-        try:
-            yield
-        except BaseException:
-            if before is not None:
-                self.load_state_dict(before)
-            raise
+    def _forget(self, before: dict[str, Any] | None) -> None:
+        """After a step that raised: the first one had made the state."""
+        if before is not None:
+            self.load_state_dict(before)
 
     @uncompiled
     def after_step(self, losses: Losses) -> None:

@@ -239,22 +239,24 @@ def take_grads(params: Sequence[Tensor], argument: str = "shared", first: int = 
     return grads
 
 
-def in_plain_memory(grads: Sequence[Tensor | None], argument: str, first: int = 0) -> list[Tensor | None]:
+def in_plain_memory(grads: list[Tensor | None], argument: str, first: int = 0) -> list[Tensor | None]:
     """The gradients, with a copy of each that is more than numbers at an address: sparse ones, and those that PyTorch
     is yet to conjugate or negate. `argument` names the parameters."""
-    plain = list(grads)
-    for i, grad in enumerate(grads):
-        if grad is None:
-            continue
-        if grad.layout is not torch.strided:
-            warn_once(
-                f"{argument}[{first + i}], of shape {tuple(grad.shape)}, has sparse gradients: a task's gradients are "
-                "compared and summed whole, so each is made dense, at the cost of memory and time for all rows, and so "
-                "is .grad"
-            )
-            plain[i] = grad.to_dense()
-        elif grad.is_neg() or grad.is_conj():
+    strided = torch.strided
+    odd = [i for i, g in enumerate(grads) if g is not None and (g.layout is not strided or g.is_neg() or g.is_conj())]
+    plain = list(grads) if odd else grads
+    for i in odd:
+        grad = grads[i]
+        assert grad is not None
+        if grad.layout is strided:
             plain[i] = grad.resolve_neg().resolve_conj()
+            continue
+        warn_once(
+            f"{argument}[{first + i}], of shape {tuple(grad.shape)}, has sparse gradients: a task's gradients are "
+            "compared and summed whole, so each is made dense, at the cost of memory and time for all rows, and so is "
+            ".grad"
+        )
+        plain[i] = grad.to_dense()
     return plain
 
 

@@ -52,12 +52,18 @@ BUCKET_BYTES = {"cpu": 2 << 20, "cuda": 25 << 20}
 
 MOST_BUCKETS = 32
 
+HERE = nullcontext()
+"""The current stream, or no stream at all."""
+
 
 def buckets_of(params: Sequence[Tensor]) -> list[slice]:
     """Neighbouring parameters, from the last to the first, as a backward pass tends to reach them. What is summed over
     all of them is summed over each bucket and then, in this order, over the buckets, whenever those were complete."""
-    sizes = [p.numel() * p.element_size() for p in params]
-    enough = max(BUCKET_BYTES["cuda" if params and params[0].is_cuda else "cpu"], sum(sizes) // MOST_BUCKETS)
+    sizes = [p.nbytes for p in params]
+    total = sum(sizes)
+    enough = max(BUCKET_BYTES["cuda" if params and params[0].is_cuda else "cpu"], total // MOST_BUCKETS)
+    if 0 < total < enough:
+        return [slice(0, len(sizes))]
     buckets: list[slice] = []
     stop, size = len(sizes), 0
     for p in reversed(range(len(sizes))):
@@ -138,7 +144,7 @@ class TaskGradients:
 
     def _at_home(self) -> AbstractContextManager[object]:
         """For memory that is to outlive this step."""
-        return torch.cuda.stream(self._home) if self._away else nullcontext()
+        return torch.cuda.stream(self._home) if self._away else HERE
 
     def _to_home(self, result: Tensor) -> Tensor:
         """A result, whose memory the allocator must not give out before the store's stream is done with it."""
@@ -237,13 +243,13 @@ CACHE_BYTES = 2 << 20
 
 def rows_in_cache(params: Sequence[Tensor]) -> int:
     """How many rows of gradients stay in a core's cache; of more parameters than that, one."""
-    return max(1, CACHE_BYTES // max(1, sum(p.numel() * p.element_size() for p in params)))
+    return max(1, CACHE_BYTES // max(1, sum([p.nbytes for p in params])))
 
 
 def apart(buffers: OptionalTensors) -> OptionalTensors:
     """The buffers, without those that share memory: autograd hands views of one gradient to the parameters of
     `a.flatten() + b.flatten()`, and neither may be written over while the other is to be read, or kept."""
-    spans = sorted((b.data_ptr(), b.numel() * b.element_size(), i) for i, b in enumerate(buffers) if b is not None)
+    spans = sorted([(b.data_ptr(), b.nbytes, i) for i, b in enumerate(buffers) if b is not None])
     shared, end, last = set(), 0, -1
     for start, size, i in spans:
         if start < end and size:
@@ -580,7 +586,11 @@ class AveragedGradients(TaskGradients):
     def sq_norms(self, bucket: slice | None = None) -> Tensor:
         if bucket is None:
             self._average_the_rest()
-        return self._measured(bucket, lambda bucket: torch.cat(self._norms[bucket.start]))
+        return self._measured(bucket, self._norms_of)
+
+    def _norms_of(self, bucket: slice) -> Tensor:
+        pieces = self._norms[bucket.start]
+        return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
 
     def gram(self, bucket: slice | None = None) -> Tensor:
         if bucket is None:

@@ -41,8 +41,10 @@ class Rows:
     def __init__(self, tensors: OptionalTensors, tasks: int, like: Rows | None = None) -> None:
         """`like` are rows whose layouts these take; by default they are those of the first tensors there are."""
         self.tasks, self.params = tasks, len(tensors) // tasks
-        self.given = tensors = as_reals(tensors, self.params)
-        self.first = _columns(tensors, self.params)
+        self.given, self.first = tensors, _columns(tensors, self.params)
+        if any(t is not None and t.is_complex() for t in self.first):
+            self.given = tensors = as_reals(tensors, self.params)
+            self.first = _columns(tensors, self.params)
         if like is None:
             self.columns = _dense(self.first)
             self.strides = [None if t is None else t.stride() for t in self.columns]
