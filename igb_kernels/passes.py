@@ -201,7 +201,7 @@ class Passes:
             self._write_heads(step, head_rows, weights)
         else:
             self._weighted_pass(step, weights)
-            status = status | _bit_unless_finite(self._sq_norm_of_sum())
+            status = status | _bit_unless_finite(self._sq_norm_in_grad(self.shared))
             step.shared.add_back()
             step.heads.add_back()
         return Outcome(weights, status)
@@ -218,7 +218,7 @@ class Passes:
     def _joint_pass(self, step: Step) -> Outcome:
         """One pass for all tasks, with weights 1; the gradients stay where autograd puts them."""
         joint_pass(step.tasks, step.seeds, step.retain_graph)
-        _, status = self.method.solve(self._sq_norm_of_sum(), step.losses, step.scales, self._run)
+        _, status = self.method.solve(self._sq_norm_in_grad(self.shared), step.losses, step.scales, self._run)
         step.shared.add_back()
         step.heads.add_back()
         # Of the sum of the gradients it is only known whether it is finite.
@@ -239,21 +239,20 @@ class Passes:
 
     def status_of_heads(self) -> Tensor:
         """NON_FINITE where a head's gradient is; a GradScaler skips that step, too."""
-        grads = [p.grad for p in self.head_params()]
-        dense = [grad for grad in grads if grad is not None and grad.layout is torch.strided]
-        if not dense:
+        params = self.head_params()
+        if not params:
             return torch.zeros((), dtype=torch.int32, device=self.shared[0].device)
-        return _bit_unless_finite(self._run.sq_norms(self._run.Table(dense, 1), 1))
+        return _bit_unless_finite(self._sq_norm_in_grad(params))
 
-    def _sq_norm_of_sum(self) -> Tensor:
-        """Of what a joint pass left in `.grad` of the shared parameters, [1]."""
-        total = [g if g is None or g.layout is torch.strided else g._values() for g in (p.grad for p in self.shared)]
-        return self._run.sq_norms(self._run.Table(total, 1), 1)
+    def _sq_norm_in_grad(self, params: Sequence[Tensor]) -> Tensor:
+        """Of what is in `.grad` of the parameters, [1]; sparse ones as they are."""
+        grads = [g if g is None or g.layout is torch.strided else g._values() for g in (p.grad for p in params)]
+        return self._run.sq_norms(self._run.Table(grads, 1), 1)
 
     def _make_previous_plain(self, step: Step) -> None:
         """What is added to, as memory that can be written to."""
         step.shared.make_plain("shared")
-        if self.task_parameters:
+        if self.task_parameters or step.rows is not None:
             step.heads.make_plain("task_parameters")
 
     def _rows(self, step: Step) -> TaskGradients:

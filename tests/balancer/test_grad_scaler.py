@@ -92,6 +92,30 @@ def test_a_skipped_step_leaves_no_trace(name, heads, overflow):
     assert scaler.get_scale() == 2.0
 
 
+@pytest.mark.parametrize("name", ["equal", "db_mtl", "imtl_g"])
+def test_an_overflow_in_a_sparse_head(name):
+    """Embeddings of heads keep their sparse gradients, which count as others do; so do those that are added to."""
+    torch.manual_seed(0)
+    encoder, head = nn.Linear(5, 5), nn.Embedding(7, 5, sparse=True)
+    balancer = balancer_of(CASES[name], Net(encoder=encoder))
+
+    def losses() -> list[Tensor]:
+        z = encoder(torch.ones(3, 5))
+        return [(z * (k + 1) + (head(torch.arange(3)) if k == 1 else 0)).square().mean() for k in range(TASKS)]
+
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    balancer.backward(losses(), scaler=scaler)
+    state = copy.deepcopy(balancer.state_dict())
+    for accumulated in (False, True):
+        head.weight.grad = torch.sparse_coo_tensor([[2]], [[torch.inf] * 5], (7, 5))
+        if accumulated:
+            balancer.accumulate(losses(), scaler=scaler)
+        result = balancer.backward(losses(), scaler=scaler)
+        assert igb.Status.NON_FINITE in result.flags
+        assert same(balancer.state_dict(), state)
+        assert bool(head.weight.grad.to_dense().isinf().any())
+
+
 def test_a_scaler_that_is_off_is_none():
     net, other = make_net(), make_net()
     scaler = torch.amp.GradScaler("cpu", enabled=False)
