@@ -90,7 +90,7 @@ class Training:
 
 # ---- Many steps ---------------------------------------------------------------------------------------------------
 
-WARM_UP, STEPS = 60, 310
+WARM_UP, STEPS = 60, 560
 """Of each: by the end of the warm-up IGBv2 has learned; at both ends as many of its transitions wait for a burst."""
 RESIDENT = Path("/proc/self/statm")
 
