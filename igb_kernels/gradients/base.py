@@ -134,8 +134,8 @@ class GradientBalancer:
 
     def withdraw(self, where: Tensor) -> None:
         """Takes back what `solve` has left for `commit`, where this is true, bool []: the step turned out unusable for
-        a reason that `solve` could not see."""
-        if self.state is not None and self._next_state is not None:
+        a reason that `solve` could not see. Where tasks are missing, `commit` goes by the status anyway."""
+        if self.active is None and self.state is not None and self._next_state is not None:
             self._next_state = torch.where(where.to(self.state.device), self.state, self._next_state)
 
     def commit(self, status: Tensor) -> None:

@@ -29,7 +29,7 @@ class Training:
         self.params = [*self.net.parameters(), *self.balancer.parameters()]
         self.optimizer = torch.optim.SGD(self.params, lr=0.01, momentum=0.9)
 
-    def step(self, losses: list[Tensor], batch: int) -> object:
+    def step(self, losses: list[Tensor | None], batch: int) -> object:
         """What can be seen of it; gradients without the factor."""
         self.optimizer.zero_grad()
         result = self.balancer.backward(losses, scaler=self.scaler)
@@ -90,6 +90,29 @@ def test_a_skipped_step_leaves_no_trace(name, heads, overflow):
     assert same(seen(run.balancer.state_dict()), state)
     run.step(run.net.losses(10), 10)
     assert scaler.get_scale() == 2.0
+
+
+@pytest.mark.parametrize("name", STATES)
+def test_missing_tasks(name):
+    """The bits of a training without a scaler, and no trace of a skipped step, where tasks are missing."""
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**6)
+    scaled, plain = Training(name, scaler), Training(name)
+    for step in range(6):
+        for run in (scaled, plain):
+            losses = run.net.losses(step)
+            some = losses if step % 3 == 0 else [None if k == step % TASKS else loss for k, loss in enumerate(losses)]
+            run.step(some, step)
+    assert same([p.detach() for p in scaled.params], [p.detach() for p in plain.params])
+    assert same(scaled.balancer.state_dict(), plain.balancer.state_dict())
+    for overflow in (overflow_in_shared, overflow_in_a_head):
+        state = copy.deepcopy(seen(scaled.balancer.state_dict()))
+        scaled.optimizer.zero_grad()
+        before = Snapshot(scaled.params)
+        scaled.step([*overflow(scaled.net, scaled.net.losses(9))[:2], None], 9)
+        scaled.optimizer.zero_grad()
+        before.check()
+        after = seen(scaled.balancer.state_dict())
+        assert same({**after, "last": None}, {**state, "last": None})
 
 
 @pytest.mark.parametrize("name", ["equal", "db_mtl", "imtl_g"])
