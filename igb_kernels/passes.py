@@ -227,7 +227,7 @@ class Passes:
     def _held_pass(self, step: Step) -> Outcome:
         """One pass for all tasks, with weights that were known before it."""
         self._make_previous_plain(step)
-        weights, units = self.method.held_weights(), step.units.of_sum()
+        weights, units = self.method.held_weights(), step.units.part(slice(1))  # all rows share their unit
         joint_pass(step.tasks, step.seeds * weights.to(step.seeds.dtype), step.retain_graph)
         rows, head_rows = (KeptGradients(params, self._run, units) for params in (self.shared, self.task_parameters))
         rows.add(take_grads(self.shared))

@@ -38,13 +38,17 @@ class Units:
         """Weights on what is measured as the update is, for the sum that goes to `.grad`."""
         return weights if self.grad is None else weights * self.grad
 
-    def of_sum(self) -> Units:
-        """For one row in place of all of them, which share their unit."""
-        return self if self.rows is None else Units(self.rows[:1], self.grad)
+    def part(self, rows: slice) -> Units:
+        """Of some of the rows."""
+        return self if self.rows is None else Units(self.rows[rows], self.grad)
+
+    def to_rows(self, factors: Tensor) -> Tensor:
+        """Factors on rows from those on gradients [K]."""
+        return factors if self.rows is None else factors * self.rows
 
     def on_rows(self, weights: Tensor) -> Tensor:
         """Weights on rows, for the sum that goes to `.grad`, from those on gradients [K]."""
-        return self.in_grad(weights if self.rows is None else weights * self.rows)
+        return self.in_grad(self.to_rows(weights))
 
 
 BUCKET_BYTES = {"cpu": 2 << 20, "cuda": 25 << 20}
@@ -568,11 +572,10 @@ class AveragedGradients(TaskGradients):
             for bucket in self.buckets:
                 if bucket.start not in self._norms_before:
                     self._norms_before[bucket.start] = self._norms_of_waiting(bucket)
-            before, rows = _sum([self._norms_before[b.start] for b in self.buckets]), slice(self._averaged, self._tasks)
-            factors = None if self.units.rows is None else self.units.rows[rows]
-            before = before if factors is None else before * factors.square()
-            scales = self._row_scales(before, self._losses[rows])
-            scales = scales if factors is None else scales * factors
+            rows = slice(self._averaged, self._tasks)
+            units = self.units.part(rows)
+            before = units.sq_norms(_sum([self._norms_before[bucket.start] for bucket in self.buckets]))
+            scales = units.to_rows(self._row_scales(before, self._losses[rows]))
         for bucket in self.buckets:
             if len(self._norms[bucket.start]) == self._batches:
                 self._average(bucket, scales)
@@ -670,12 +673,11 @@ class RunningSum(TaskGradients):
         return False
 
     def end(self) -> None:
-        norm, k = _sum([self._parts[bucket.start] for bucket in self.buckets]), len(self._norms)
-        factor = None if self.units.rows is None else self.units.rows[k : k + 1]
-        if factor is not None:
-            norm = norm * factor.square()
+        k = len(self._norms)
+        units = self.units.part(slice(k, k + 1))
+        norm = units.sq_norms(_sum([self._parts[bucket.start] for bucket in self.buckets]))
         self._norms.append(norm)
-        weight = self._weight(norm) if factor is None else self._weight(norm) * factor
+        weight = units.to_rows(self._weight(norm))
         row: Grads = [None] * len(self.params)
         for bucket in self.buckets:
             row[bucket] = self._row.pop(bucket.start)
