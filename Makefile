@@ -27,7 +27,7 @@ demo: $(VENV)/demo $(if $(findstring igb_v2,$(METHOD) $(ARGS)),$(VENV)/igbv2)
 test: build lint
 	OMP_NUM_THREADS=1 $(PY) -m pytest --numprocesses $(WORKERS) --dist loadgroup $(ARGS)
 
-bench: build $(VENV)/peers
+bench: build
 	$(PY) -m pytest benchmarks --benchmark-enable --benchmark-columns=median,iqr,rounds --benchmark-json=$(RESULTS) $(ARGS)
 
 gpu-check:
@@ -58,12 +58,7 @@ $(VENV)/igbv2: $(VENV)/demo
 
 $(VENV)/dev: $(VENV)/tools
 	$(PIP) install --quiet -c constraints.txt --no-build-isolation --editable ".[demo,dev]"
-	touch $@
-
-# What the solvers are compared with. LibMTL without its dependencies: an old torchvision is among them.
-$(VENV)/peers: $(VENV)/dev
-	$(PIP) install --quiet -c constraints.txt "torchjd[full]>=0.18" scipy
-	$(PIP) install --quiet --no-deps "LibMTL>=1.1.5"
+	$(PIP) install --quiet --no-deps "LibMTL>=1.1.5"  # among its dependencies is an old torchvision
 	touch $@
 
 clean:

@@ -44,8 +44,9 @@ ALLOWED = {
     "passes": OPERATIONS | {"gradients", "capture", "store", "hooks"},
     "balancer": OPERATIONS | {"losses", "gradients", "capture", "store", "hooks", "result", "arguments", "passes"},
     "methods": {"gradients", "losses"},
-    "__init__": {"ops", "backends", "balancer", "gradients", "losses", "status", "result"},
-    "integrations": OPERATIONS | {"losses", "gradients", "balancer", "result"},
+    "__init__": {"ops", "backends", "balancer", "gradients", "losses", "status", "result", "monitor"},
+    "monitor": OPERATIONS | {"result"},
+    "integrations": OPERATIONS | {"losses", "gradients", "capture", "balancer", "result", "monitor"},
 }
 """What each room may import, from the bottom to the top."""
 
