@@ -152,6 +152,8 @@ class TaskGradients:
 
     def _to_home(self, result: Tensor) -> Tensor:
         """A result, whose memory the allocator must not give out before the store's stream is done with it."""
+        if self._home is not None and result.device != self._home.device:  # of rows without tensors
+            return result.to(self._home.device)
         if self._away:
             result.record_stream(self._home)  # type: ignore[arg-type]  # the stub knows no Stream of torch.cuda
         return result
