@@ -354,11 +354,12 @@ class KeptGradients(TaskGradients):
 
     def _multiply_rows(self, factors: Tensor) -> None:
         """Row k by factors_k, in place: where not sums of rows are asked for, but what their elements say."""
-        params = len(self.params)
+        params, devices = len(self.params), {p.device for p in self.params}
         for k, factor in enumerate(factors.unbind()):
             present = [row for row in self.rows[k * params : (k + 1) * params] if row is not None]
-            if present:
-                torch._foreach_mul_(present, factor)
+            for device in devices:
+                if own := [row for row in present if len(devices) == 1 or row.device == device]:
+                    torch._foreach_mul_(own, factor.to(device))
 
     def write(self, weights: Tensor, previous: Grads) -> None:
         weights, buffers = self.units.on_rows(weights), self._apart(lambda bucket: self._table(bucket).columns)
