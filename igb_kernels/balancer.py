@@ -347,10 +347,11 @@ class Balancer:
         if not known:
             self._tasks, self._names = tasks.total, self._names or tasks.names
             self.losses.start(self._tasks, tasks.values.device)
-            self.gradients.start(self._tasks, tasks.values.device)
-            if self.bank_dtype is not None and not self._passes.keeps_gradients():
-                raise ValueError(f"bank_dtype must be None for {self.gradients!r}, which keeps no gradients")
             self._passes.forget_heads()
+        if not self._passes.knows_heads:  # also with a state that was loaded: numbers for each task go where it is
+            self.gradients.start(tasks.total, tasks.values.device)
+        if not known and self.bank_dtype is not None and not self._passes.keeps_gradients():
+            raise ValueError(f"bank_dtype must be None for {self.gradients!r}, which keeps no gradients")
         if self._passes.find_heads(tasks) and known:
             self.load_state_dict(self.state_dict())  # it was loaded before it was known where losses are
 
