@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from igb_kernels.backends import Backend, OptionalTensors, Table, captures_graph
+from igb_kernels.backends.several import SeveralDevices
 from igb_kernels.ops import accumulator_dtype
 from igb_kernels.status import Status
 
@@ -92,7 +93,8 @@ class TaskGradients:
         self._tasks = 0
         self._parts: dict[int, Tensor] = {}
         """What was measured of each bucket, by its first parameter."""
-        on_gpu = len(params) > 0 and params[0].is_cuda
+        # Of several devices, each has its own stream, and all work goes to those on which backward passes end.
+        on_gpu = len(params) > 0 and params[0].is_cuda and not isinstance(backend, SeveralDevices)
         self._home = torch.cuda.current_stream(params[0].device) if on_gpu else None
 
     def add(self, grads: Grads) -> None:
