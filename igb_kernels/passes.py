@@ -41,7 +41,7 @@ from igb_kernels.store import (
 )
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class Step:
     """What the passes of a step share."""
 
@@ -61,7 +61,7 @@ class Step:
     heads: GradsSetAside
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class Outcome:
     """What the passes of a step came to."""
 
