@@ -15,10 +15,12 @@ from igb_kernels.arguments import known_tasks, methods_of, parameters_of
 from igb_kernels.backends import Backend, captures_graph, resolve
 from igb_kernels.capture import GradsSetAside, Losses, TaskLosses, task_passes
 from igb_kernels.gradients import GradientBalancer
+from igb_kernels.gradients.base import Needs
 from igb_kernels.hooks import CAPTURES
 from igb_kernels.losses import LossBalancer
 from igb_kernels.ops import accumulator_dtype
 from igb_kernels.passes import Passes, Step, units_of
+from igb_kernels.representation import Representation
 from igb_kernels.result import BalanceResult
 from igb_kernels.store import Accumulated, MovingAverages
 
@@ -147,6 +149,7 @@ class Balancer:
         *,
         scaler: torch.amp.GradScaler | None = None,
         independent: Sequence[Losses] = (),
+        representation: Tensor | Sequence[Tensor] | None = None,
         retain_graph: bool = False,
     ) -> BalanceResult:
         """Computes the balanced gradients and adds them to `.grad`; replaces `sum(losses).backward()`.
@@ -163,6 +166,12 @@ class Balancer:
             independent: for SDMGrad and MoDo, the same losses on one or two further batches. With two, the weights
                 come from these alone, and `losses` take two passes in all; with one, from it and `losses`. These passes
                 leave task-specific parameters alone.
+            representation: tensors through which the shared parameters reach the losses, as the encoder's output that
+                all heads take. Tasks are then compared by their gradients there, not on `shared`: K passes through
+                the heads, and one through the encoder with the weighted sum (MGDA-UB: Sener and Koltun 2018, eq. 4;
+                IMTL: Liu et al. 2021, section 3.2). Cheaper, and another algorithm. Nothing of the shared
+                parameters may reach the losses around it. Methods with moving averages of gradients refuse it: the
+                samples differ from step to step.
             retain_graph: keep the graphs for further backward passes, as in `torch.Tensor.backward`.
 
         Returns:
@@ -195,7 +204,12 @@ class Balancer:
                 self._accumulate(tasks, factor, retain_graph)
                 ids = tuple(self._accumulated.ids)
                 self._set_active(ids if len(ids) < tasks.total else None, tasks, captured)
-            result = self._step(tasks, others, factor, retain_graph)
+            at = None if representation is None else self._at(representation, tasks, others)
+            if at is None:
+                result = self._step(self._passes, tasks, others, factor, retain_graph)
+            else:
+                with at:
+                    result = self._step(self._passes.at(at), tasks, others, factor, retain_graph, at)
         except BaseException:
             self._forget(before)
             raise
@@ -355,8 +369,28 @@ class Balancer:
         if self._passes.find_heads(tasks) and known:
             self.load_state_dict(self.state_dict())  # it was loaded before it was known where losses are
 
+    def _at(
+        self, representation: Tensor | Sequence[Tensor], tasks: TaskLosses, others: Sequence[TaskLosses]
+    ) -> Representation | None:
+        """Where the step compares gradients, if not on the shared parameters."""
+        if others or self._accumulated is not None:
+            found = "independent batches" if others else "micro-batches from accumulate()"
+            raise ValueError(f"representation must be None with {found}: it is of one batch")
+        if not self._passes.of_one_batch():
+            raise ValueError(
+                f"representation must be None for {self.gradients!r}: what it keeps of gradients outlives the batch"
+            )
+        at = Representation(representation, tasks, self.shared)
+        return None if self.gradients.needs() is Needs.NOTHING else at  # weights 1: the same from one pass for all
+
     def _step(
-        self, tasks: TaskLosses, others: Sequence[TaskLosses], factor: Tensor | None, retain_graph: bool
+        self,
+        passes: Passes,
+        tasks: TaskLosses,
+        others: Sequence[TaskLosses],
+        factor: Tensor | None,
+        retain_graph: bool,
+        at: Representation | None = None,
     ) -> BalanceResult:
         ids, rows, losses = tasks.ids, None, tasks.values
         if self._accumulated is not None:
@@ -366,17 +400,21 @@ class Balancer:
         units = units_of(factor, scales, rows is not None)
         learned = self.parameters() if factor is not None else []
         with (
-            GradsSetAside(self.shared) as shared,
-            GradsSetAside(self._passes.head_params()) as heads,
+            GradsSetAside(passes.shared) as shared,
+            GradsSetAside(passes.head_params()) as heads,
             GradsSetAside(learned) as learned_grads,
         ):
             step = Step(tasks, ids, losses, scales, seeds, units, rows, retain_graph, shared, heads)
-            done = self._passes.run(step, others)
+            done = passes.run(step, others)
             status = done.status | loss_status
+            if at is not None:
+                at.pass_on(retain_graph)
             if factor is not None:
-                of_heads = self._passes.status_of_heads(losses.device)
-                self.gradients.withdraw(of_heads != 0)
-                status = status | of_heads
+                of_rest = passes.status_of(
+                    [*passes.head_params(), *(self.shared if at is not None else ())], losses.device
+                )
+                self.gradients.withdraw(of_rest != 0)
+                status = status | of_rest
             if done.stored is not None:
                 done.stored.commit(status)
             self.losses.commit(losses, scales, status)

@@ -6,10 +6,10 @@ its buffer over without a copy, and it is right also for tied weights and parame
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from functools import partial, reduce
 from types import TracebackType
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -174,14 +174,41 @@ class TaskLosses:
         ]
 
 
+Roots = Tensor | GradientEdge | Sequence[Tensor]
+Backward = Callable[[Roots, Tensor | Sequence[Tensor], bool], None]
+"""A backward pass from these roots with these seeds; whether it keeps the graph."""
+
+
+def run_backward(
+    roots: Roots, seeds: Tensor | Sequence[Tensor], retain_graph: bool, inputs: Sequence[Tensor] | None = None
+) -> None:
+    """As `torch.autograd.backward`."""
+    explained(torch.autograd.backward, roots, seeds, retain_graph=retain_graph, inputs=inputs)
+
+
+def into(params: Sequence[Tensor]) -> Backward:
+    """A backward pass whose gradients go to these parameters alone."""
+    return partial(run_backward, inputs=[p for p in params if p.requires_grad])
+
+
+def explained(engine: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Calls autograd's engine; where it fails for donated buffers, the error says what to do."""
+    try:
+        return engine(*args, **kwargs)
+    except RuntimeError as error:
+        if is_about_donated_buffers(error):
+            raise RuntimeError(REMEDY) from error
+        raise
+
+
 def backward_passes(
-    losses: TaskLosses, scales: Tensor, retain_graph: bool, inputs: Sequence[Tensor] | None = None
+    losses: TaskLosses, scales: Tensor, retain_graph: bool, backward: Backward = run_backward
 ) -> list[Callable[[], None]]:
-    """The K backward passes, to be run one after the other; into `inputs` alone if given."""
+    """The K backward passes, to be run one after the other."""
     last = len(losses) - 1
     seeds = losses.seeds(scales.clone())  # a gradient can be a view of its pass's seed, and may be written over
     return [
-        partial(_backward, root, seed, retain_graph or k < last, inputs)
+        partial(backward, root, seed, retain_graph or k < last)
         for k, (root, seed) in enumerate(zip(losses.roots, seeds, strict=True))
     ]
 
@@ -192,13 +219,12 @@ def task_passes(
     params: Sequence[Tensor],
     retain_graph: bool,
     *,
-    into_params_only: bool = False,
+    backward: Backward = run_backward,
     onto: Sequence[Sequence[Tensor | None]] = (),
 ) -> Iterator[list[Tensor | None]]:
     """Runs the K backward passes and yields after each the gradients of `params`, taken from them; `onto` are
     gradients to which autograd adds those of each task."""
-    inputs = [p for p in params if p.requires_grad] if into_params_only else None
-    for k, run in enumerate(backward_passes(losses, scales, retain_graph, inputs)):
+    for k, run in enumerate(backward_passes(losses, scales, retain_graph, backward)):
         if onto:
             for p, grad in zip(params, onto[k], strict=True):
                 p.grad = grad
@@ -206,28 +232,14 @@ def task_passes(
         yield take_grads(params)
 
 
-def joint_pass(losses: TaskLosses, scales: Tensor, retain_graph: bool, inputs: Sequence[Tensor] | None = None) -> None:
-    """One backward pass of Σ_k scales_k L_k, into `inputs` alone if given; gradients stay where autograd puts them."""
+def joint_pass(losses: TaskLosses, scales: Tensor, retain_graph: bool, backward: Backward = run_backward) -> None:
+    """One backward pass of Σ_k scales_k L_k; gradients stay where it puts them."""
     scales = scales.clone()  # a gradient can be a view of its pass's seed
     if losses._whole is not None:
-        _backward(losses._whole, scales, retain_graph, inputs)
+        backward(losses._whole, scales, retain_graph)
     else:
         roots = cast(Sequence[Tensor], losses.roots)  # the stub knows no mixture
-        _backward(roots, losses.seeds(scales), retain_graph, inputs)
-
-
-def _backward(
-    roots: Tensor | GradientEdge | Sequence[Tensor],
-    seeds: Tensor | Sequence[Tensor],
-    retain_graph: bool,
-    inputs: Sequence[Tensor] | None,
-) -> None:
-    try:
-        torch.autograd.backward(roots, seeds, retain_graph=retain_graph, inputs=inputs)
-    except RuntimeError as error:
-        if is_about_donated_buffers(error):
-            raise RuntimeError(REMEDY) from error
-        raise
+        backward(roots, losses.seeds(scales), retain_graph)
 
 
 def take_grads(params: Sequence[Tensor], argument: str = "shared", first: int = 0) -> list[Tensor | None]:
@@ -260,19 +272,33 @@ def in_plain_memory(grads: list[Tensor | None], argument: str, first: int = 0) -
     return plain
 
 
-def leaves(losses: TaskLosses) -> list[Tensor]:
-    """The leaf tensors that the losses' graphs accumulate gradients into."""
-    seen, found = set(), []
-    stack = [root.node if isinstance(root, GradientEdge) else root.grad_fn for root in losses.roots]
+Edge = tuple[Node | None, int]
+"""Into a node of a graph: which of its outputs' gradients comes along it."""
+
+
+def edge_of(tensor: Tensor | GradientEdge) -> Edge:
+    """Along which the tensor's gradient enters its graph."""
+    return (tensor.node, tensor.output_nr) if isinstance(tensor, GradientEdge) else (tensor.grad_fn, tensor.output_nr)
+
+
+def leaves(edges: Iterable[Edge], cut: Collection[Edge] = ()) -> tuple[list[Tensor], bool]:
+    """The leaf tensors into which a backward pass along the edges accumulates gradients, where it ends at those of
+    `cut`; and whether it comes to one of these."""
+    seen, found, at_cut = set(), [], False
+    stack = [*edges]
     while stack:
-        node = stack.pop()
+        edge = stack.pop()
+        if edge in cut:
+            at_cut = True
+            continue
+        node = edge[0]
         if node is None or node in seen:
             continue
         seen.add(node)
         if (variable := getattr(node, "variable", None)) is not None:
             found.append(variable)
-        stack.extend(function for function, _ in node.next_functions)
-    return found
+        stack.extend(node.next_functions)
+    return found, at_cut
 
 
 class GradsSetAside:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from copy import copy
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,9 +12,22 @@ from torch import Tensor, nn
 
 from igb_kernels.backends import Backend, resolve
 from igb_kernels.backends.several import SeveralDevices, several_devices
-from igb_kernels.capture import GradsSetAside, TaskLosses, backward_passes, joint_pass, leaves, take_grads, task_passes
+from igb_kernels.capture import (
+    Backward,
+    GradsSetAside,
+    TaskLosses,
+    backward_passes,
+    edge_of,
+    into,
+    joint_pass,
+    leaves,
+    run_backward,
+    take_grads,
+    task_passes,
+)
 from igb_kernels.gradients.base import GradientBalancer, Needs
 from igb_kernels.hooks import Capture, Measure
+from igb_kernels.representation import Representation
 from igb_kernels.status import Status
 from igb_kernels.store import (
     AveragedGradients,
@@ -28,7 +42,7 @@ from igb_kernels.store import (
 )
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class Step:
     """What the passes of a step share."""
 
@@ -48,7 +62,7 @@ class Step:
     heads: GradsSetAside
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class Outcome:
     """What the passes of a step came to."""
 
@@ -81,6 +95,7 @@ class Passes:
         self._outgoing: list[Grads] | None = [] if all(p.device.type == "cpu" for p in shared) else None
         self._head_leaves: list[Tensor] = []
         self._unreached: set[int] | None = None  # the tasks whose heads are not among them; None: all tasks
+        self._backward: Backward = run_backward
 
     def __getstate__(self) -> dict[str, Any]:
         """For copies and pickles: all but what the next step finds or makes anew."""
@@ -113,7 +128,8 @@ class Passes:
             return False
         if self.heads == "scaled":
             known = {id(p) for p in [*self.shared, *self._head_leaves]}
-            self._head_leaves += [p for p in leaves(tasks) if isinstance(p, nn.Parameter) and id(p) not in known]
+            found, _ = leaves(map(edge_of, tasks.roots))
+            self._head_leaves += [p for p in found if isinstance(p, nn.Parameter) and id(p) not in known]
         self._unreached.difference_update(tasks.ids)
         before = self.home
         self.several = several_devices(self.backend, tasks.values.device, [*self.shared, *self.head_params()])
@@ -124,6 +140,16 @@ class Passes:
     def head_params(self) -> Sequence[Tensor]:
         """The task-specific parameters, as far as they are known."""
         return self.task_parameters or self._head_leaves
+
+    def at(self, representation: Representation) -> Passes:
+        """The same up to the representation, whose gradients take the place of the shared parameters'."""
+        passes = copy(self)
+        passes.shared, passes.capture, passes._outgoing = representation.params, Capture(representation.params), None
+        if self.heads == "scaled":
+            passes._head_leaves = representation.heads
+        passes._backward = representation.backward
+        passes.several = self.several or several_devices(self.backend, self.home, representation.params)
+        return passes
 
     def run(self, step: Step, others: Sequence[TaskLosses]) -> Outcome:
         """The passes that the method's next step needs, and `.grad` from them; of `others`, the independent batches,
@@ -164,7 +190,7 @@ class Passes:
                 if head_rows is not None:
                     head_rows.add(row[params:])
             return
-        passes = backward_passes(step.tasks, step.seeds, step.retain_graph)
+        passes = backward_passes(step.tasks, step.seeds, step.retain_graph, self._backward)
         for _ in self.capture.fill(rows, passes, step.ids, measure):
             if head_rows is not None:
                 head_rows.add(take_grads(self.task_parameters, "task_parameters"))
@@ -203,10 +229,8 @@ class Passes:
         pair = [KeptGradients(self.shared, self._run, step.units, dtype=self.bank_dtype) for _ in range(2)]
         head_rows = KeptGradients(self.task_parameters, self._run, step.units) if self.task_parameters else None
         for rows, batch in zip(pair, others if len(others) == 2 else (tasks, *others), strict=True):
-            into_params_only = batch is not tasks
-            for grads in task_passes(
-                batch, step.seeds, self.shared, step.retain_graph, into_params_only=into_params_only
-            ):
+            backward = run_backward if batch is tasks else into(self.shared)
+            for grads in task_passes(batch, step.seeds, self.shared, step.retain_graph, backward=backward):
                 rows.add(grads)
                 del grads
                 if batch is tasks and head_rows is not None:
@@ -230,8 +254,8 @@ class Passes:
         if self.heads == "weighted" or not leaves_of_heads:
             joint_pass(step.tasks, weighted, step.retain_graph)
             return
-        joint_pass(step.tasks, weighted, True, [p for p in self.shared if p.requires_grad])
-        joint_pass(step.tasks, step.seeds, step.retain_graph, [p for p in leaves_of_heads if p.requires_grad])
+        joint_pass(step.tasks, weighted, True, into(self.shared))
+        joint_pass(step.tasks, step.seeds, step.retain_graph, into(leaves_of_heads))
 
     def _joint_pass(self, step: Step) -> Outcome:
         """One pass for all tasks, with weights 1; the gradients stay where autograd puts them."""
@@ -246,7 +270,7 @@ class Passes:
         """One pass for all tasks, with weights that were known before it."""
         self._make_previous_plain(step)
         weights, units = self.method.held_weights(), step.units.part(slice(1))  # all rows share their unit
-        joint_pass(step.tasks, step.seeds * weights.to(step.seeds.dtype), step.retain_graph)
+        joint_pass(step.tasks, step.seeds * weights.to(step.seeds.dtype), step.retain_graph, self._backward)
         rows, head_rows = (KeptGradients(params, self._run, units) for params in (self.shared, self.task_parameters))
         rows.add(take_grads(self.shared))
         head_rows.add(take_grads(self.task_parameters, "task_parameters"))
@@ -255,9 +279,8 @@ class Passes:
         head_rows.write(factor, step.heads.previous)
         return Outcome(weights * factor, status)
 
-    def status_of_heads(self, device: torch.device) -> Tensor:
-        """NON_FINITE where a head's gradient is, on the losses' device; a GradScaler skips that step, too."""
-        params = self.head_params()
+    def status_of(self, params: Sequence[Tensor], device: torch.device) -> Tensor:
+        """NON_FINITE where a gradient of these is, on the losses' device; a GradScaler skips that step, too."""
         if not params:
             return torch.zeros((), dtype=torch.int32, device=device)
         return _bit_unless_finite(self._sq_norm_in_grad(params))
@@ -285,6 +308,10 @@ class Passes:
         if streams and rows_in_cache(self.shared) < len(step.tasks):
             return RunningSum(self.shared, run, method.running_weight, method.running_factor, units)
         return KeptGradients(self.shared, run, units, self._outgoing, self.bank_dtype)
+
+    def of_one_batch(self) -> bool:
+        """Whether nothing that is kept of gradients outlives a step."""
+        return self.method.ema_decay() is None and self.method.needs() is not Needs.EXCESS
 
     def keeps_gradients(self) -> bool:
         """Whether steps keep K gradients, whatever the parameters' size."""

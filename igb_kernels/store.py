@@ -181,14 +181,12 @@ class TaskGradients:
         share no memory."""
         params = self.params[bucket]
         # A parameter that was frozen on the way keeps its moving average, but gets no gradient.
-        reached = [c if p.requires_grad else None for p, c in zip(params, table.columns, strict=True)]
-        out: Grads = []
-        for p, old, column, buffer in zip(params, previous, reached, buffers, strict=True):
-            if old is not None or column is None:
-                out.append(old)
-            else:
-                out.append(_room_for_grad(p, buffer))
-        if all(old is None for old in previous) and all(column is not None for column in reached):
+        reached = [c is not None and p.requires_grad for p, c in zip(params, table.columns, strict=True)]
+        out = [
+            _room_for_grad(p, buffer) if there and old is None else old
+            for p, old, there, buffer in zip(params, previous, reached, buffers, strict=True)
+        ]
+        if all(reached) and all([old is None for old in previous]):
             self.backend.combine_(self.backend.Table(out, 1, table), table, weights, False)
         else:
             self._write_columns(rows, tasks, weights, previous, reached, out)
@@ -196,12 +194,12 @@ class TaskGradients:
             p.grad = grad
 
     def _write_columns(
-        self, rows: Grads, tasks: int, weights: Tensor, previous: Grads, reached: OptionalTensors, out: Grads
+        self, rows: Grads, tasks: int, weights: Tensor, previous: Grads, reached: Sequence[bool], out: Grads
     ) -> None:
         """As `_write`, where some parameters have a gradient already or are not reached by any task."""
         params = len(out)
         for accumulate in (False, True):
-            columns = [p for p in range(params) if reached[p] is not None and (previous[p] is not None) == accumulate]
+            columns = [p for p in range(params) if reached[p] and (previous[p] is not None) == accumulate]
             if columns:
                 target = [buffer for p in columns if (buffer := out[p]) is not None]
                 chosen = [rows[k * params + p] for k in range(tasks) for p in columns]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from array import array
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -42,16 +41,17 @@ class Rows:
         """`like` are rows whose layouts these take; by default they are those of the first tensors there are."""
         self.tasks, self.params = tasks, len(tensors) // tasks
         self.given, self.first = tensors, first_of_columns(tensors, self.params)
-        if any(t is not None and t.is_complex() for t in self.first):
+        if any([t is not None and t.is_complex() for t in self.first]):
             self.given = tensors = as_reals(tensors, self.params)
             self.first = first_of_columns(tensors, self.params)
+        contiguous = all([t is None or t.is_contiguous() for t in tensors])
         if like is None:
-            self.columns = _dense(self.first)
-            self.strides = [None if t is None else t.stride() for t in self.columns]
+            self.columns = self.first if contiguous else _dense(self.first)
+            self.contiguous = contiguous or all([t is None or t.is_contiguous() for t in self.columns])
             self.numel = array("q", [0 if t is None else t.numel() for t in self.columns])
         else:
-            self.columns, self.strides, self.numel = like.columns, like.strides, like.numel
-        self.tensors = _laid_out(tensors, self.columns, self.strides)
+            self.columns, self.contiguous, self.numel = like.columns, like.contiguous, like.numel
+        self.tensors = tensors if contiguous and self.contiguous else _laid_out(tensors, self.columns)
 
     def addresses(self) -> array[int]:
         """Of every tensor, row by row; 0 for one that is missing."""
@@ -59,13 +59,8 @@ class Rows:
 
     def dtypes(self) -> array[int]:
         """The columns' dtype codes. A column without tensors still says how it is to be summed."""
-        return array(
-            "B",
-            [
-                0 if (known := column if t is None else t) is None else DTYPE_CODES[known.dtype]
-                for t, column in zip(self.first, self.columns, strict=True)
-            ],
-        )
+        known = [column if t is None else t for t, column in zip(self.first, self.columns, strict=True)]
+        return array("B", [0 if t is None else DTYPE_CODES[t.dtype] for t in known])
 
     def write_back(self) -> None:
         """Copies what was written to stand-ins to the tensors that they stand for."""
@@ -78,9 +73,8 @@ class Rows:
 def first_of_columns(tensors: OptionalTensors, params: int) -> list[Tensor | None]:
     """The first tensor of each column that is there."""
     first = list(tensors[:params])
-    for p, t in enumerate(first):
-        if t is None:
-            first[p] = next((other for other in tensors[p::params] if other is not None), None)
+    for p in [p for p, t in enumerate(first) if t is None]:
+        first[p] = next((other for other in tensors[p::params] if other is not None), None)
     return first
 
 
@@ -105,13 +99,9 @@ def in_memory_order(values: Tensor, like: Tensor) -> Tensor:
     return values.as_strided(like.shape, like.stride())
 
 
-def _laid_out(
-    tensors: OptionalTensors, columns: OptionalTensors, strides: Sequence[tuple[int, ...] | None]
-) -> OptionalTensors:
+def _laid_out(tensors: OptionalTensors, columns: OptionalTensors) -> OptionalTensors:
     """The tensors, with a copy of each whose memory layout is not that of its column."""
-    if all(c is None or c.is_contiguous() for c in columns) and all(t is None or t.is_contiguous() for t in tensors):
-        return tensors
-    params = len(columns)
+    params, strides = len(columns), [None if c is None else c.stride() for c in columns]
     result: list[Tensor | None] | None = None
     for i, t in enumerate(tensors):
         p = i % params

@@ -97,7 +97,7 @@ def solve(
         METHODS[method], tasks, gram.data_ptr(), gram.dim() == 2, _address(losses), _address(per_task), options,
         _address(state), weights.data_ptr(),
     )  # fmt: skip
-    return weights, torch.tensor(status, dtype=torch.int32)
+    return weights, _status(status)
 
 
 def loss_scales(
@@ -108,11 +108,18 @@ def loss_scales(
     status = _C.loss_scales(
         RULES[rule], len(losses), doubles.data_ptr(), _address(per_task), options, _address(state), scales.data_ptr()
     )
-    return scales.to(losses.dtype), torch.tensor(status, dtype=torch.int32)
+    return scales.to(losses.dtype), _status(status)
+
+
+_NO_BITS = torch.zeros((), dtype=torch.int32)
+
+
+def _status(bits: int) -> Tensor:
+    return torch.tensor(bits, dtype=torch.int32) if bits else _NO_BITS.clone()  # the usual one, in a third of the time
 
 
 def _doubles(t: Tensor) -> Tensor:
-    return t.to(torch.float64).contiguous()
+    return t if t.dtype is torch.float64 and t.is_contiguous() else t.to(torch.float64).contiguous()
 
 
 def _optional_doubles(t: Tensor | None) -> Tensor | None:

@@ -12,7 +12,7 @@ import torch._functorch.config
 from torch import Tensor
 
 import igb_kernels as igb
-from igb_kernels import ops
+from igb_kernels import ops, store
 
 from .models import Net, Snapshot, make_net
 from .truth import METHODS, Situation, play
@@ -105,6 +105,24 @@ def test_backward_passes_compiled_for_one_pass(stacked):
     torch.compiler.reset()
     found = balanced_step(net, encoder, balancer)
     torch.testing.assert_close(found, balanced_step(net, None, igb.Balancer("db_mtl", shared=net.shared)))
+
+
+@pytest.mark.usefixtures("nothing_compiled")
+@pytest.mark.parametrize("capture", ["passes", "hooks"])
+def test_steps_of_what_inductor_makes(capture, tmp_path, monkeypatch):
+    """Its backward passes give out buffers that they allocate themselves; a whole model with its losses."""
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))  # no graph of another test's
+    monkeypatch.setattr(store, "BUCKET_BYTES", {"cpu": 300, "cuda": 300})  # several, for hooks
+    net, plain = make_net(dtype=torch.float64), make_net(dtype=torch.float64)
+    balancers = [igb.Balancer("igb_v1+nash_mtl", shared=n.shared, capture=capture) for n in (net, plain)]
+    losses = torch.compile(lambda x, y: losses_of(net, x, y))
+    for step in range(2):
+        for n, of_net, balancer in zip(
+            (net, plain), (losses, lambda x, y: losses_of(plain, x, y)), balancers, strict=True
+        ):
+            balancer.backward(of_net(*n.batch(step)))
+    for p, q in zip(net.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(p.grad, q.grad, rtol=1e-9, atol=1e-12)
 
 
 @dataclass

@@ -60,7 +60,12 @@ class Training:
         if self.way == "micro-batches":
             self.balancer.accumulate(self.net.losses(50 + step))
         independent = [self.net.losses(100 + step)] if self.way == "independent" else ()
-        result = self.balancer.backward(losses, scaler=self.scaler, independent=independent)
+        at = None
+        if self.way == "representation":
+            x, targets = self.net.batch(step)
+            at = self.net.encoder(x)
+            losses = [(head(at) - y).square().mean() for head, y in zip(self.net.heads, targets, strict=True)]
+        result = self.balancer.backward(losses, scaler=self.scaler, independent=independent, representation=at)
         grads = flat([p.grad for p in self.params], self.params)
         if not bool(grads.isfinite().all()):
             self.optimizer.zero_grad()
@@ -102,6 +107,11 @@ def test_as_on_one_device(name, way, monkeypatch):
 @pytest.mark.parametrize("name", ["sdm_grad", "modo"])
 def test_independent_batches(name, monkeypatch):
     test_as_on_one_device(name, "independent", monkeypatch)
+
+
+@pytest.mark.parametrize("name", ["equal", "imtl_g", "nash_mtl", "emtl", "grad_drop", "db_mtl beta 0"])
+def test_at_a_representation(name, monkeypatch):
+    test_as_on_one_device(name, "representation", monkeypatch)
 
 
 @pytest.mark.parametrize("method", METHODS)
