@@ -64,9 +64,10 @@ def test_flush(compare, device, tmp_path, writer: str, tasks: int) -> None:
     other = igb.Monitor(every=2 * BLOCK, keep=0, warn=None)
 
     def setup() -> tuple[()]:
+        monitor.flush()
+        other.flush()
         for _ in range(BLOCK):
             monitor.record(result)
-        other.flush()
         return ()
 
     def record() -> None:
