@@ -18,7 +18,7 @@ WRITERS: dict[str, Callable[[Path], list[Writer]]] = {
     "csv": lambda folder: [CSV(folder / "log.csv")],
     "parquet": lambda folder: [Parquet(folder / "log.parquet")],
     "tensorboard": lambda folder: [TensorBoard(folder)],
-    "tensorboard-means-of-10": lambda folder: [TensorBoard(folder, mean_of=10)],
+    "tensorboard-each-step": lambda folder: [TensorBoard(folder, mean_of=1)],
 }
 
 

@@ -274,7 +274,7 @@ class _Room:
                 event = torch.cuda.Event()  # type: ignore[no-untyped-call]
                 event.record()
         else:
-            values = values.to("cpu", copy=True)
+            values = values.to("cpu")
         self.sent.append((values, self._marks, event))
         self._marks, self._sent_any = [], True
 

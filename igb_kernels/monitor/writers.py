@@ -23,16 +23,16 @@ class Writer(Protocol):
 
 
 class TensorBoard:
-    """Scalars for TensorBoard, by the names of `Block.columns`, each step as one event.
+    """Scalars for TensorBoard, by the names of `Block.columns`.
 
     Args:
         to: the folder of a run, or a `torch.utils.tensorboard.SummaryWriter` that is there already (and stays open).
         prefix: put before the names.
-        mean_of: so many steps make one point, of their mean (None: all of a block). With many tasks, whose pairs have a
-            cosine each, this keeps the files small.
+        mean_of: so many steps of a block make one point, of their mean (see `Block.points`); None: all. With 1, each
+            step is in the file as it was; TensorBoard's Python writes about a megabyte a second.
     """
 
-    def __init__(self, to: Any, *, prefix: str = "", mean_of: int | None = 1) -> None:
+    def __init__(self, to: Any, *, prefix: str = "", mean_of: int | None = 10) -> None:
         tensorboard = _library("torch.utils.tensorboard", "TensorBoard", "tensorboard")
         self._summary = _library("tensorboard.compat.proto.summary_pb2", "TensorBoard", "tensorboard").Summary
         self._prefix, self._mean_of = prefix, _checked_mean_of(mean_of)
@@ -42,7 +42,7 @@ class TensorBoard:
         self._file = tensorboard.FileWriter(os.fspath(to)) if self._owns else to._get_file_writer()
 
     def write(self, block: Block) -> None:
-        """One event for each step, or for each `mean_of` of them."""
+        """One event for each point."""
         value = self._summary.Value
         for step, time, point in block.points(self._mean_of):
             values = [value(tag=self._prefix + name, simple_value=number) for name, number in point.items()]
@@ -65,7 +65,7 @@ class WandB:
     Args:
         run: the run; None: the current one, or else a new one, which ends with the monitor.
         prefix: put before the names; with none, "step" would become the x axis of all that the run logs.
-        mean_of: so many steps make one point, of their mean; None: all of a block.
+        mean_of: so many steps of a block make one point, of their mean (see `Block.points`); None: all.
         init: arguments of `wandb.init`, where a run is made.
     """
 

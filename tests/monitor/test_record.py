@@ -186,6 +186,7 @@ def test_writers_get_whole_blocks():
 
 
 def test_within_a_compiled_step():
+    """What the host counts is no reason to compile anew."""
     p = torch.nn.Parameter(torch.ones(3))
     balancer, monitor = igb.Balancer("imtl_g", shared=[p]), igb.Monitor(every=2)
 
@@ -193,9 +194,13 @@ def test_within_a_compiled_step():
     def step(x: Tensor) -> BalanceResult:
         return monitor.record(balancer.backward([(p * x).square().sum(), (p - x).square().sum()]))
 
-    for i in range(3):
-        step(torch.full((3,), i + 1.0))
-    assert monitor.history()["loss/0"].tolist() == [3.0, 12.0, 27.0]
+    inputs = [torch.full((3,), i + 1.0) for i in range(5)]
+    for x in inputs[:2]:
+        step(x)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for x in inputs[2:]:
+            step(x)
+    assert monitor.history()["loss/0"].tolist() == [3.0, 12.0, 27.0, 48.0, 75.0]
 
 
 # ---- Step numbers, names, layout ---------------------------------------------------------------------------------

@@ -135,7 +135,7 @@ def float32(values: Tensor) -> Tensor:
 
 def test_tensorboard(tmp_path):
     pytest.importorskip("tensorboard")
-    history = record(tmp_path / "run")
+    history = record(writers.TensorBoard(tmp_path / "run", mean_of=1))
     found = scalars(tmp_path / "run")
     assert {*found} == {name for name in history if name not in ("step", "time") and not name.startswith("active/")}
     for name, points in found.items():
@@ -153,12 +153,19 @@ def test_tensorboard_in_a_writer_that_is_there(tmp_path):
     tensorboard = pytest.importorskip("torch.utils.tensorboard")
     with tensorboard.SummaryWriter(tmp_path) as own:
         own.add_scalar("mine", 1.0, 0)
-        record(writers.TensorBoard(own, prefix="balancing/"))
+        record(writers.TensorBoard(own, prefix="balancing/", mean_of=1))
         own.add_scalar("mine", 2.0, 1)
     found = scalars(tmp_path)
     assert [value for _, _, value in found["mine"]] == [1.0, 2.0]
     assert len(found["balancing/loss/depth"]) == 10
     assert {tag.split("/")[0] for tag in found} == {"mine", "balancing"}
+
+
+def test_tensorboard_by_default(tmp_path):
+    """Ten steps are a point."""
+    pytest.importorskip("tensorboard")
+    record(tmp_path / "run", count=45, every=20)
+    assert [step for step, _, _ in scalars(tmp_path / "run")["loss/depth"]] == [9, 19, 29, 39, 44]
 
 
 @pytest.mark.parametrize("mean_of", [1, 3, 4, 100, None])
