@@ -236,6 +236,7 @@ def test_wandb(offline):
 
     history = record(writers.WandB(project="test", dir=str(offline), mean_of=1))
     assert wandb.run is None
+    wandb.teardown()  # waits for the process that writes the file
     rows = wandb_rows(offline)
     assert [row["balancing/step"] for row in rows] == history["step"].tolist()
     for i, row in enumerate(rows):
@@ -265,6 +266,7 @@ def test_wandb_in_a_run_that_is_there(offline):
         assert wandb.run is run
     finally:
         run.finish()
+    wandb.teardown()
     rows = wandb_rows(offline)
     assert [row["mine"] for row in rows if "mine" in row] == list(range(10))
     assert [row["balancing/step"] for row in rows if "mine" not in row] == [4, 9]
