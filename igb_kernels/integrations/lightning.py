@@ -23,7 +23,7 @@ from igb_kernels.integrations import _trainers
 from igb_kernels.result import BalanceResult
 
 if not any(importlib.util.find_spec(name) for name in ("lightning", "pytorch_lightning")):
-    raise ImportError("igb_kernels.integrations.lightning needs Lightning: pip install lightning")
+    raise ModuleNotFoundError("igb_kernels.integrations.lightning needs Lightning: pip install lightning")
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule as Module

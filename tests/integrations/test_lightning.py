@@ -13,7 +13,7 @@ from balancer.models import same
 
 import igb_kernels as igb
 
-from .training import BATCHES, TASKS, Log, examples, losses_of, make_encoder_and_heads, plain_loop
+from .training import BATCHES, TASKS, Log, examples, losses_of, make_encoder_and_heads, plain_loop, uw_pcgrad, v1_db_mtl
 
 lightning = pytest.importorskip("lightning.pytorch")
 
@@ -31,15 +31,6 @@ QUIET = {
     "enable_progress_bar": False,
     "enable_model_summary": False,
 }
-
-
-def v1_db_mtl(shared: Any) -> igb.Balancer:
-    return igb.Balancer("igb_v1+db_mtl", shared=shared)
-
-
-def uw_pcgrad(shared: Any) -> igb.Balancer:
-    """Learned weights, and a random order of tasks."""
-    return igb.Balancer(igb.PCGrad(seed=3), losses=igb.UW(num_tasks=3), shared=shared)
 
 
 def module_of(home: Any = lightning) -> type:

@@ -35,6 +35,15 @@ def losses_of(encoder: nn.Module, heads: nn.ModuleDict, x: Tensor, y: Tensor) ->
     return {task: (head(z) - y[:, k]).square().mean() for k, (task, head) in enumerate(heads.items())}
 
 
+def v1_db_mtl(shared: Any) -> igb.Balancer:
+    return igb.Balancer("igb_v1+db_mtl", shared=shared)
+
+
+def uw_pcgrad(shared: Any) -> igb.Balancer:
+    """Learned weights, and a random order of tasks."""
+    return igb.Balancer(igb.PCGrad(seed=3), losses=igb.UW(num_tasks=3), shared=shared)
+
+
 class Net(nn.Module):
     """What the plain loop trains."""
 
