@@ -92,6 +92,33 @@ def tasks_of(result: BalanceResult) -> list[tuple[int, str | int]]:
     return [(k, result.names[k] if result.names else k) for k in result.active or range(len(result.losses))]
 
 
+class Means:
+    """The tasks' mean losses and weights over steps; nothing waits for the device before they are taken."""
+
+    def __init__(self) -> None:
+        self._sums: Tensor | None = None
+        self._names: tuple[str, ...] | None = None
+
+    def add(self, result: BalanceResult) -> None:
+        """Counts a step. A task without a loss, or with one that is NaN, is left out."""
+        there = ~result.losses.isnan()
+        rows = torch.stack([there.double(), result.losses.double(), result.total_weights]).where(there, 0.0)
+        self._sums = rows if self._sums is None else self._sums + rows
+        self._names = result.names
+
+    def take(self) -> dict[str, float]:
+        """The means since the last call, by what logs call them."""
+        if self._sums is None:
+            return {}
+        logs: dict[str, float] = {}
+        for k, (count, loss, weight) in enumerate(self._sums.T.tolist()):
+            name = self._names[k] if self._names else k
+            if count:
+                logs |= {f"task_loss/{name}": loss / count, f"task_weight/{name}": weight / count}
+        self._sums = None
+        return logs
+
+
 class Progress:
     """How far a training has come, as far as its balancer is concerned."""
 
