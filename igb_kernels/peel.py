@@ -83,7 +83,13 @@ def _of_reshaped(view: Node, shape: Shape) -> Edges:
 
 
 def _of_row(select: Any, shape: Shape) -> Edges:
+    """One of stacked vectors."""
+    sizes = tuple(select._saved_self_sym_sizes)
     stack = select.next_functions[0][0]
+    while stack is not None and _ARRANGING.get(stack.name()) is _of_reshaped:  # `squeeze` where there was nothing to
+        if tuple(_made_by(stack.next_functions[0]).shape) != sizes:
+            break
+        stack = stack.next_functions[0][0]
     if select._saved_dim != 0 or stack is None or stack.name() != "StackBackward0" or stack._saved_dim != 0:
         raise _NotUnderstoodError
     function, output = stack.next_functions[select._saved_index]

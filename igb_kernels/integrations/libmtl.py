@@ -229,14 +229,14 @@ class Weighting(AbsWeighting):
         """The options of the rule and of the method, by their names here."""
         options: tuple[dict[str, Any], dict[str, Any]] = ({}, {})
         for name, value in {**cls.options, **weight_args}.items():
-            owners = 0
+            owners, late = 0, {"initial"} & weight_args.keys()  # the learned parameters are there already
             for part, found in zip((cls.rule, cls.method), options, strict=True):
                 if part is None:
                     continue
                 here, one_value = ARGUMENTS.get(part.name, {}).get(name, name), ONE_VALUE.get(part.name, {})
                 if name in one_value and value != one_value[name]:
                     raise ValueError(f"{name} must be {one_value[name]!r} with igb_kernels, found {value!r}")
-                if here is not None and here in _parameters(part):
+                if here is not None and here in _options(part) - late:
                     found[here] = value
                     owners += 1
                 owners += here is None or name in one_value
@@ -246,13 +246,16 @@ class Weighting(AbsWeighting):
                 raise TypeError(f"weight_args must be arguments of {parts}, each of one of them: {problem}")
         return options
 
-    # ---- The protocol -----------------------------------------------------------------------------------------------
+    # ---- The protocol -------------------------------------------------------------------------------------------
 
     def init_param(self) -> None:
         """Makes the learned parameters. As with LibMTL, the optimizer and checkpoints have them as `loss_scale`."""
         for part, options in zip((self.rule, self.method), self.options_of_parts({}), strict=True):
-            if part is not None and "num_tasks" in _parameters(part):
-                setattr(self, self._name_of(part), self._with_parameter(part, options).parameter)
+            if part is not None and _is_learned(part):
+                parameter = self._with_parameter(part, options).parameter
+                if part is GradNorm:
+                    torch.nn.init.ones_(parameter)
+                setattr(self, self._name_of(part), parameter)
 
     def backward(self, losses: Tensor, **weight_args: object) -> Any:
         """Adds the balanced gradients to `.grad`.
@@ -292,7 +295,7 @@ class Weighting(AbsWeighting):
             raise RuntimeError("update_w comes after backward, which has not been called")
         self.balancer.after_step(curr_losses)
 
-    # ---- The balancer -----------------------------------------------------------------------------------------------
+    # ---- The balancer -------------------------------------------------------------------------------------------
 
     def _balancer(self, weight_args: Mapping[str, object]) -> Balancer:
         """The balancer, in the epoch that the Trainer is in; made anew, with its state, where the arguments change."""
@@ -336,7 +339,7 @@ class Weighting(AbsWeighting):
 
     def _with_parameter(self, part: Any, options: Mapping[str, Any]) -> Any:
         """The part, with the model's learned parameter where it has one."""
-        if "num_tasks" not in _parameters(part):
+        if not _is_learned(part):
             return part(**options)
         made = part(num_tasks=self.task_num, device=self.device, **options)
         made.parameter = getattr(self, self._name_of(part), made.parameter)
@@ -353,7 +356,7 @@ class Weighting(AbsWeighting):
         others |= {id(getattr(self, name, None)) for name in ("loss_scale", "grad_scale")}
         return [p for p in self.parameters() if id(p) not in others]
 
-    # ---- Other kinds of steps ---------------------------------------------------------------------------------------
+    # ---- Other kinds of steps -----------------------------------------------------------------------------------
 
     def _of_three_batches(self, losses: Tensor, weight_args: Mapping[str, object]) -> BalanceResult:
         """Weights from two of the batches; the heads learn from all three, as in LibMTL."""
@@ -398,8 +401,14 @@ class Weighting(AbsWeighting):
         return result
 
 
-def _parameters(part: Part) -> Iterable[str]:
-    return inspect.signature(part).parameters
+def _options(part: Part) -> set[str]:
+    """What the constructor takes from a user."""
+    return set(inspect.signature(part).parameters) - {"num_tasks", "device", "dtype"}
+
+
+def _is_learned(part: Part) -> bool:
+    """Whether it has a parameter for each task."""
+    return "num_tasks" in inspect.signature(part).parameters
 
 
 class _ToldDWA(DWA):

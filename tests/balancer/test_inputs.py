@@ -58,6 +58,7 @@ FORMS: dict[str, Callable[[list[Tensor]], object]] = {
     "joined from two": lambda losses: torch.cat([torch.stack(losses[:2]), losses[2][None]]),
     "stacked in two dimensions": lambda losses: torch.stack([torch.stack(losses)]).squeeze(0),
     "a row of a stack": lambda losses: torch.stack([torch.zeros(3), torch.stack(losses), assigned(losses)])[1],
+    "a row of a squeezed stack": lambda losses: torch.stack([torch.zeros(3), assigned(losses)]).squeeze(0)[1],
     "assigned": assigned,
     "assigned in another order": lambda losses: assigned(losses, (1, 2, 0)),
     "assigned twice": assigned_twice,
@@ -157,7 +158,9 @@ def test_other_vectors_are_said_once(warnings_said):
     assert "A list of scalar losses avoids that" in warnings_said[0]
 
 
-@pytest.mark.parametrize("form", ["stacked", "joined", "assigned", "assigned, then stacked", "a row of a stack"])
+@pytest.mark.parametrize(
+    "form", ["stacked", "joined", "assigned", "assigned, then stacked", "a row of a squeezed stack"]
+)
 def test_each_pass_runs_its_own_head_alone(form):
     net, passes = make_net(), [0] * 3
     losses = net.losses()

@@ -64,7 +64,8 @@ def random_vector(rng: random.Random, leaf: Tensor) -> Tensor:
         elif step == "rows":
             rows = [vector, torch.zeros(SIZE), torch.stack([scalar() for _ in range(SIZE)])]
             rng.shuffle(rows)
-            vector = torch.stack(rows)[rng.randrange(3)]
+            rows = torch.stack(rows) if rng.random() < 0.5 else torch.stack(rows).squeeze(0)
+            vector = rows[rng.randrange(3)] if rng.random() < 0.8 else rows[:, rng.randrange(SIZE)].repeat(2)[:SIZE]
         elif step == "copy":
             vector = torch.stack([*vector.unbind()])
     return vector
