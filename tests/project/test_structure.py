@@ -36,7 +36,8 @@ ALLOWED = {
     "agents": set(),
     "losses": OPERATIONS | {"agents"},
     "gradients": OPERATIONS | {"losses"},  # a method names the loss balancing that is part of it
-    "capture": FOUNDATION,
+    "peel": set(),
+    "capture": FOUNDATION | {"peel"},
     "store": OPERATIONS,
     "hooks": FOUNDATION | {"capture", "store"},
     "representation": {"capture"},
