@@ -11,9 +11,11 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from igb_kernels import Balancer, gradients, losses, ops
+from igb_kernels import gradients, losses, ops
+from igb_kernels._log import warn_once
 from igb_kernels.backends import Backend, resolve
-from igb_kernels.capture import TaskLosses, leaves
+from igb_kernels.balancer import Balancer
+from igb_kernels.capture import TaskLosses, edge_of, leaves
 from igb_kernels.gradients.base import GradientBalancer, Needs
 from igb_kernels.losses.base import LossBalancer
 from igb_kernels.result import BalanceResult
@@ -359,13 +361,19 @@ class GradientMethod(WeightMethod):
         **kwargs: Any,
     ) -> tuple[Tensor | None, Outputs | None]:
         """See the base class."""
+        return self._balance(losses, shared_parameters, task_specific_parameters)
+
+    def _balance(
+        self, losses: Tensor, shared_parameters: Tensors, own: Tensors, representation: list[Tensor] | None = None
+    ) -> tuple[Tensor | None, Outputs | None]:
+        """What `backward` does; gradients are compared at the representation, if one is given."""
         if shared_parameters is None:
             raise ValueError(f"shared_parameters must be given to {type(self).__name__}, found None")
         shared = listed(shared_parameters)
         raw, values, self._given.values = self._sources(losses)
-        balancer = self._balancer_of(raw, shared, listed(task_specific_parameters))
+        balancer = self._balancer_of(raw, shared, listed(own))
         self._clip(shared, "before")
-        self.result = balancer.backward(raw)
+        self.result = balancer.backward(raw, representation=representation)
         self._clip(shared, "after")
         return self._outcome(values, self.result)
 
@@ -385,7 +393,7 @@ class GradientMethod(WeightMethod):
         options: dict[str, Any] = {}
         if self.heads == "weighted":
             known = {id(p) for p in shared}
-            reached = {id(p): p for p in [*own, *leaves(TaskLosses(losses, None))] if id(p) not in known}
+            reached = {id(p): p for p in [*own, *_leaves_of(losses)[0]] if id(p) not in known}
             if reached:
                 options = {"heads": "weighted", "task_parameters": reached.values()}
         self._balancer = Balancer(self._balancing, self._given, shared=shared, tasks=self.n_tasks, **options)
@@ -397,6 +405,11 @@ class GradientMethod(WeightMethod):
         """What `backward` returns; `values` are the losses [K] that the method saw."""
         weights = result.weights
         return (weights.to(values.dtype) * values).sum(), {"weights": weights.to(values.dtype)}
+
+
+def _leaves_of(losses: Tensor, cut: Iterable[Tensor] = ()) -> tuple[list[Tensor], bool]:
+    """The leaf tensors that losses depend on other than through `cut`, and whether they depend on that."""
+    return leaves(map(edge_of, TaskLosses(losses, None).roots), {edge_of(tensor) for tensor in cut})
 
 
 class WeightedLossMethod(GradientMethod):
@@ -439,7 +452,16 @@ class WeightedLossMethod(GradientMethod):
     ) -> tuple[Tensor | None, Outputs | None]:
         """See the base class."""
         if self.params == "shared":
-            return super().backward(losses, shared_parameters, task_specific_parameters)
+            return self._balance(losses, shared_parameters, task_specific_parameters)
+        if self.params == "rep" and shared_parameters is not None:
+            shared, tensors = listed(shared_parameters), listed(representation)
+            around = {id(p) for p in shared}.intersection(map(id, _leaves_of(self._sources(losses)[0], tensors)[0]))
+            if tensors and not around:
+                return self._balance(losses, shared, task_specific_parameters, tensors)
+            warn_once(
+                f"{type(self).__name__}: the losses depend on {len(around)} shared parameters other than through the "
+                "representation, so the heads are run once more after the weights are known"
+            )
         loss, outputs = self.get_weighted_loss(
             losses, last_shared_parameters=last_shared_parameters, representation=representation
         )

@@ -6,7 +6,7 @@ from __future__ import annotations
 import os
 import random
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -64,12 +64,16 @@ class Run:
     """Of the update with each gradient [K]."""
     sq_norm: list[float] = field(default_factory=list)
     """Of the update."""
+    values: list[float] = field(default_factory=list)
+    """Of the loss that each step returned, if it did."""
+    outputs: list[str] = field(default_factory=list)
+    """The names of the extra outputs."""
     final: list[float] = field(default_factory=list)
     """All parameters at the end."""
 
 
-Step = Callable[[Model, Tensor, Tensor], "Tensor | None"]
-"""From the model, its losses and representation to `.grad`, and weights where the method tells them."""
+Step = Callable[[Model, Tensor, Tensor], "tuple[Tensor | None, dict[str, Any] | None]"]
+"""From the model, its losses and representation to `.grad`; returns a loss and extra outputs."""
 
 
 def train(model: Model, own: list[Tensor], step: Step, after: Callable[[Tensor], None] | None, gradients: bool) -> Run:
@@ -84,9 +88,12 @@ def train(model: Model, own: list[Tensor], step: Step, after: Callable[[Tensor],
             jacobian = torch.stack([torch.cat([g.flatten() for g in row]) for row in rows])
             run.grams.append((jacobian @ jacobian.T).tolist())
         run.losses.append(losses.tolist())
-        weights = step(model, losses, features)
-        if weights is not None:
-            run.weights.append(torch.as_tensor(weights).tolist())
+        value, outputs = step(model, losses, features)
+        run.outputs = sorted(outputs or ())
+        if outputs:
+            run.weights.append(torch.as_tensor(outputs["weights"]).tolist())
+        if value is not None:
+            run.values.append(float(value.detach()))
         if gradients:
             update = torch.cat([p.grad.flatten() for p in shared])
             run.inner.append((jacobian @ update).tolist())
@@ -117,41 +124,87 @@ def in_float64() -> Iterator[None]:
         torch.set_default_dtype(before)
 
 
-def run_weight_methods(
-    weight_methods: Any, method: str, options: dict[str, Any], *, gradients: bool = False, tasks: int = TASKS
-) -> Run:
-    """A run of nash-mtl's or FAMO's `WeightMethods`, theirs or ours."""
+@dataclass(frozen=True)
+class Case:
+    """A run of one of nash-mtl's or FAMO's methods."""
+
+    repository: str
+    method: str
+    options: dict[str, Any] = field(default_factory=dict)
+    tasks: int = TASKS
+    gradients: bool = False
+    """Whether Gramians and updates are recorded, to see how close a solver comes."""
+
+    @property
+    def id(self) -> str:
+        options = "".join(f"-{value}" for value in self.options.values())
+        return f"{self.repository.split('/')[1].lower()}-{self.method}{options}-{self.tasks}"
+
+
+def run_weight_methods(weight_methods: Any, case: Case) -> Run:
+    """A run of a repository's `WeightMethods`, theirs or ours."""
     with in_float64():
-        model = seeded_model(tasks)
-        made = weight_methods(method, n_tasks=tasks, device=torch.device("cpu"), **options)
+        model = seeded_model(case.tasks)
+        made = weight_methods(case.method, n_tasks=case.tasks, device=torch.device("cpu"), **case.options)
 
-        def step(model: Model, losses: Tensor, features: Tensor) -> Tensor | None:
-            _, outputs = made.backward(losses=losses, representation=features, **model.places())
-            return None if not outputs else outputs["weights"]
+        def step(model: Model, losses: Tensor, features: Tensor) -> Any:
+            return made.backward(losses=losses, representation=features, **model.places())
 
-        after = made.method.update if method == "famo" else None
-        return train(model, list(made.parameters()), step, after, gradients)
+        after = made.method.update if case.method == "famo" else None
+        return train(model, list(made.parameters()), step, after, case.gradients)
+
+
+LOSS_OPTIONS: dict[str, dict[str, Any]] = {
+    "stl": {"main_task": 1},
+    "dwa": {"iteration_window": 4},
+    "dwalog": {"iteration_window": 4},
+}
+NASH_MTL = ("stl", "ls", "uw", "scaleinvls", "rlw", "dwa", "imtl", "pcgrad", "mgda", "cagrad", "nashmtl")
+FAMO = (*NASH_MTL[:8], "cagrad", "log_mgda", "log_cagrad", "log_imtl", "famo")
+"""Without GradDrop, whose random numbers differ."""
+SOLVED = ("mgda", "cagrad", "nashmtl")
+"""By an iteration in the originals."""
+RUNS = [
+    Case(repository, method, LOSS_OPTIONS.get(method, {}), gradients=methods is NASH_MTL and method in SOLVED)
+    for repository, methods in (("AvivNavon/nash-mtl", NASH_MTL), ("Cranial-XIX/FAMO", FAMO))
+    for method in methods
+]
+RUNS += [
+    Case("AvivNavon/nash-mtl", "mgda", {"params": params, "normalization": normalization}, tasks=2)
+    for params, normalization in (("shared", "none"), ("last", "none"), ("rep", "none"), ("shared", "loss"))
+]
+RUNS += [
+    Case("AvivNavon/nash-mtl", "pcgrad", {"reduction": "mean"}, tasks=8),
+    Case("AvivNavon/nash-mtl", "nashmtl", {"update_weights_every": 3}, tasks=2),
+    Case("AvivNavon/nash-mtl", "nashmtl", {"max_norm": 0.0}, tasks=2),
+    Case("Cranial-XIX/FAMO", "nashmtl", tasks=2),
+    Case("Cranial-XIX/FAMO", "mgda", tasks=2),
+]
+LOSSES = ("ls", "si", "uw", "uwlog", "rlw", "rlwlog", "dwa", "dwalog", "igbv1")
+PAIRS = [("stl", "ls"), *((loss, gradient) for loss in LOSSES for gradient in ("ls", "imtl", "pcgrad"))]
+PAIRS = [pair for pair in PAIRS if pair not in (("uw", "pcgrad"), ("uwlog", "pcgrad"))]
+"""Of IGB4MTL, those that its code computes exactly. UW learns nothing there with PCGrad."""
 
 
 BASE_STEP = 5
 """After this step base losses are told."""
 
 
-def run_pair(loss_methods: Any, gradient_methods: Any, loss: tuple[str, dict], gradient: tuple[str, dict]) -> Run:
+def run_pair(loss_methods: Any, gradient_methods: Any, loss: str, gradient: str) -> Run:
     """A run of IGB4MTL's two, theirs or ours."""
     with in_float64():
         model, device = seeded_model(), torch.device("cpu")
-        weigh = loss_methods(loss[0], n_tasks=TASKS, device=device, **loss[1])
-        balance = gradient_methods(gradient[0], n_tasks=TASKS, device=device, **gradient[1])
+        weigh = loss_methods(loss, n_tasks=TASKS, device=device, **LOSS_OPTIONS.get(loss, {}))
+        balance = gradient_methods(gradient, n_tasks=TASKS, device=device)
         seen: list[Tensor] = []
 
-        def step(model: Model, losses: Tensor, features: Tensor) -> Tensor:
+        def step(model: Model, losses: Tensor, features: Tensor) -> Any:
             weighted, outputs = weigh.get_weighted_losses(losses=losses, representation=features, **model.places())
-            balance.backward(losses=weighted, representation=features, **model.places())
+            value, _ = balance.backward(losses=weighted, representation=features, **model.places())
             seen.append(losses.detach())
-            if loss[0] == "igbv1" and len(seen) == BASE_STEP:
+            if loss == "igbv1" and len(seen) == BASE_STEP:
                 weigh.method.base_losses = torch.stack(seen).mean(dim=0)
-            return outputs["weights"].detach()
+            return value, outputs
 
         return train(model, [*weigh.parameters(), *balance.parameters()], step, None, False)
 
@@ -166,20 +219,23 @@ def checkout(repository: str) -> Path | None:
 
 
 @contextmanager
-def importing_from(folder: Path, **substitutes: ModuleType) -> Iterator[None]:
-    """Imports find the checkout's `methods` and `experiments` first, and instead of the named modules (dots as double
-    underscores) these; afterwards all is as before."""
-    known = dict(sys.modules)
-    for name in list(sys.modules):
-        if name.split(".")[0] in ("methods", "experiments"):
-            del sys.modules[name]
+def importing_from(folder: Path, substitutes: Mapping[str, ModuleType | None] | None = None) -> Iterator[None]:
+    """Imports find the checkout's `methods` and `experiments` first, and these modules instead of the named ones (None:
+    there is none); afterwards all is as before."""
+    substitutes = substitutes or {}
+
+    def set_aside() -> dict[str, ModuleType]:
+        names = [
+            name for name in sys.modules if name.split(".")[0] in ("methods", "experiments") or name in substitutes
+        ]
+        return {name: sys.modules.pop(name) for name in names}
+
+    before = set_aside()
     sys.path.insert(0, str(folder))
-    sys.modules.update({name.replace("__", "."): module for name, module in substitutes.items()})
+    sys.modules.update(substitutes)
     try:
         yield
     finally:
         sys.path.remove(str(folder))
-        for name in list(sys.modules):
-            if name.split(".")[0] in ("methods", "experiments") or name.replace(".", "__") in substitutes:
-                del sys.modules[name]
-        sys.modules.update({name: module for name, module in known.items() if name not in sys.modules})
+        set_aside()
+        sys.modules.update(before)
