@@ -230,12 +230,14 @@ def importing_from(folder: Path, substitutes: Mapping[str, ModuleType | None] | 
         ]
         return {name: sys.modules.pop(name) for name in names}
 
-    before = set_aside()
+    before, writes = set_aside(), sys.dont_write_bytecode
     sys.path.insert(0, str(folder))
     sys.modules.update(substitutes)
+    sys.dont_write_bytecode = True  # nothing is left in the checkout
     try:
         yield
     finally:
         sys.path.remove(str(folder))
+        sys.dont_write_bytecode = writes
         set_aside()
         sys.modules.update(before)
