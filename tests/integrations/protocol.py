@@ -106,13 +106,6 @@ def train(model: Model, own: list[Tensor], step: Step, after: Callable[[Tensor],
     return run
 
 
-def seeded_model(tasks: int = TASKS) -> Model:
-    """The same model and the same random numbers afterwards, always; float64."""
-    torch.manual_seed(3)
-    random.seed(3)
-    return Model(tasks).double()
-
-
 @contextmanager
 def in_float64() -> Iterator[None]:
     """What makes tensors of the default dtype, as the originals do, makes them in float64."""
@@ -122,6 +115,14 @@ def in_float64() -> Iterator[None]:
         yield
     finally:
         torch.set_default_dtype(before)
+
+
+def seeded_model(tasks: int = TASKS) -> Model:
+    """The same model and the same random numbers afterwards, always; float64."""
+    with in_float64():
+        torch.manual_seed(3)
+        random.seed(3)
+        return Model(tasks)
 
 
 @dataclass(frozen=True)
