@@ -49,7 +49,8 @@ ALLOWED = {
     "methods": {"gradients", "losses"},
     "__init__": {"ops", "backends", "balancer", "gradients", "losses", "status", "result", "monitor"},
     "monitor": OPERATIONS | {"result"},
-    "integrations": OPERATIONS | {"losses", "gradients", "capture", "balancer", "result", "monitor"},
+    "integrations": OPERATIONS
+    | {"losses", "gradients", "capture", "store", "hooks", "passes", "balancer", "result", "monitor"},
 }
 """What each room may import, from the bottom to the top."""
 
