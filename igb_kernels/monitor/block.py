@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property, reduce
+from itertools import combinations
 from operator import or_
 from typing import Any
 
@@ -126,8 +127,7 @@ class Block:
     @cached_property
     def pairs(self) -> list[tuple[int, int]]:
         """i < j, row by row."""
-        K = len(self.tasks)
-        return [(i, j) for i in range(K) for j in range(i + 1, K)]
+        return [*combinations(range(len(self.tasks)), 2)]
 
     @cached_property
     def series(self) -> tuple[list[str], Tensor, Tensor]:

@@ -8,7 +8,9 @@ import weakref
 from collections import deque
 from collections.abc import Iterable
 from contextlib import ExitStack
+from dataclasses import replace
 from functools import partial
+from itertools import combinations
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
@@ -190,7 +192,7 @@ class Monitor:
         """Blocks that have arrived on the host, or all."""
         assert self._room is not None
         while (block := self._room.arrived(wait)) is not None:
-            self._blocks.append(block)
+            self._blocks.append(replace(block))  # without what is worked out of it below
             self._kept += len(block)
             while self._blocks and self._keep is not None and self._kept - len(self._blocks[0]) >= self._keep:
                 self._kept -= len(self._blocks.popleft())
@@ -209,6 +211,9 @@ class _Room:
         self.tasks = given or first.names or tuple(map(str, range(K)))
         if len(self.tasks) != K:
             raise ValueError(f"tasks must name the {K} tasks of the result, found {list(self.tasks)}")
+        pairs = [f"{a}/{b}" for a, b in combinations(self.tasks, 2)]
+        if len(set(pairs)) < len(pairs):
+            raise ValueError(f"tasks must have names whose pairs a/b differ, found {list(self.tasks)}")
         self._shape, self._device = first.weights.shape, first.weights.device
         self._measured: torch.Size | None = None
         self._sent_any = False

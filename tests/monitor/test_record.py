@@ -185,6 +185,23 @@ def test_writers_get_whole_blocks():
     assert len(kept.blocks) == 3
 
 
+def test_another_default_device(tmp_path):
+    """What is worked out on the host is on the host, whatever `torch.set_default_device` says."""
+    results = list(steps("nash_mtl", random_gradients(), 6, missing=lambda step: [1] if step == 2 else ()))
+    want = igb.Monitor(warn=None)
+    with torch.device("meta"):
+        monitor = igb.Monitor([tmp_path / "log.csv", kept := Kept()], every=3, warn=Thresholds(window=3))
+        for result in results:
+            monitor.record(result)
+        found = monitor.history()
+        points = list(kept.blocks[0].points(2))
+        monitor.figure()
+    for result in results:
+        want.record(result)
+    assert all(same(found[name], column) for name, column in want.history().items() if name != "time")
+    assert len(points) == 2
+
+
 def test_within_a_compiled_step():
     """What the host counts is no reason to compile anew."""
     p = torch.nn.Parameter(torch.ones(3))
@@ -444,3 +461,21 @@ def test_results_that_do_not_fit():
     assert monitor.history()["step"].tolist() == [0, 1]
     with pytest.raises(ValueError, match=r"tasks must name the 3 tasks of the result, found \['a'\]"):
         igb.Monitor(tasks=["a"]).record(first)
+
+
+def test_columns_that_would_have_one_name():
+    monitor = igb.Monitor(tasks=["a", "b/c", "a/b", "c"])
+    (result,) = steps("nash_mtl", random_gradients(4), 1, names=None)
+    with pytest.raises(
+        ValueError, match=r"tasks must have names whose pairs a/b differ, found \['a', 'b/c', 'a/b', 'c'\]"
+    ):
+        monitor.record(result)
+
+
+def test_what_is_kept_is_lean(tmp_path):
+    """Blocks in memory hold what was recorded, not what was worked out of it for writers."""
+    monitor = igb.Monitor(tmp_path / "log.csv", every=2, warn=Thresholds(window=2))
+    for result in steps("nash_mtl", random_gradients(), 4):
+        monitor.record(result)
+    fields = {*Block.__dataclass_fields__}
+    assert [{*vars(block)} for block in monitor._blocks] == [fields, fields]

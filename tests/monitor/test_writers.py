@@ -25,11 +25,16 @@ pandas = pytest.importorskip("pandas")
 
 
 def record(to: object, count: int = 10, every: int = 4, method: str = "nash_mtl", **options) -> dict[str, Tensor]:
-    """Steps, one of them not finite, two without a task; what the monitor knows of them."""
+    """Steps, one of them not finite, one Pareto-stationary, two without a task; what the monitor knows of them."""
+
+    def gradients(step: int) -> Tensor:
+        rows = random_gradients()(step)
+        return torch.stack([rows[0], -rows[0], rows[2]]) if step == 5 else rows
+
     with igb.Monitor(to, every=every, warn=None, **options) as monitor:
         for result in steps(
             method,
-            random_gradients(),
+            gradients,
             count,
             missing=lambda step: [1] if step in (3, 9) else (),
             offset=lambda step: torch.tensor([1.0, 0.1, math.inf if step == 2 else 30.0]),
@@ -178,6 +183,7 @@ def test_means(tmp_path, mean_of):
     found = scalars(tmp_path)
     assert [step for step, _, _ in found["status"]] == [part[-1] for part in parts]
     bits = history["status"].tolist()
+    assert bits[:6] == [0, 0, igb.Status.NON_FINITE, 0, 0, igb.Status.PARETO_STATIONARY]
     assert [int(value) for _, _, value in found["status"]] == [
         int(sum({bit for s in part for bit in (1, 2, 4, 8, 16, 32, 64) if bits[s] & bit})) for part in parts
     ]
