@@ -31,7 +31,7 @@ def watch(method, gradients, count=250, thresholds=None, every=50, **options):
 
 @pytest.mark.parametrize("method", ["nash_mtl", "upgrad", "mgda", "db_mtl", "igb_v1+imtl_g", "equal", "grad_drop"])
 def test_healthy_training_says_nothing(said, method):
-    watch(method, random_gradients(), 450)
+    watch(method, random_gradients(), 200)
     assert not [*said]
 
 
@@ -40,7 +40,7 @@ def test_healthy_training_says_nothing(said, method):
 
 def test_a_starved_task(said):
     """MGDA takes the shortest combination: next to a short gradient, a long one in the same half-space gets nothing."""
-    watch("mgda", noisy([[0.1, 0.0, 0.0], [10.0, 1.0, 0.0], [0.0, 0.1, 0.0]], 0.001), 500)
+    watch("mgda", noisy([[0.1, 0.0, 0.0], [10.0, 1.0, 0.0], [0.0, 0.1, 0.0]], 0.001), 400)
     assert len(said) == 1
     assert said[0].startswith(
         "steps 0 to 199: some tasks have next to no share of the update: 'normals' 0.00% (an equal"
@@ -89,7 +89,7 @@ def test_a_task_that_is_rarely_there_is_not_judged(said):
 
 @pytest.mark.parametrize("method", ["nash_mtl", "upgrad", "pcgrad"])
 def test_steady_conflict(said, method):
-    watch(method, noisy(CONFLICT), 700)
+    watch(method, noisy(CONFLICT), 400)
     assert len(said) == 1
     assert said[0].startswith(
         "steps 0 to 199: gradients are in steady conflict: 'depth' and 'normals' (mean cosine -0.8"
@@ -147,7 +147,7 @@ def test_a_conflict_in_some_steps_is_not_steady(said):
 
 
 def test_opposite_gradients(said):
-    watch("nash_mtl", lambda step: [[1.0, 0.0, 0.0], [-1.0, 0.0, 0.0], [0.0, 0.0, 1.0]], 500)
+    watch("nash_mtl", lambda step: [[1.0, 0.0, 0.0], [-1.0, 0.0, 0.0], [0.0, 0.0, 1.0]], 400)
     texts = [text for text in said if "PARETO_STATIONARY" in text]
     assert len(texts) == 1
     assert "the status is PARETO_STATIONARY in 100% of the steps" in texts[0]
@@ -176,7 +176,7 @@ def test_stationary_now_and_then(said):
 
 def test_non_finite_losses(said):
     bad = lambda step: torch.tensor([1.0, math.nan if step % 5 == 0 else 1.0, 2.0])  # noqa: E731
-    watch("nash_mtl", random_gradients(), 450, offset=bad)
+    watch("nash_mtl", random_gradients(), 400, offset=bad)
     assert len(said) == 1
     assert "steps 0 to 199: 20% of the steps made no update (NON_FINITE)" in said[0]
     assert "losses that cannot be used: 'normals' in 40 steps" in said[0]
@@ -204,7 +204,7 @@ def test_non_positive_losses(said):
 
 
 def test_overflows_of_a_scaler_are_ordinary(said):
-    watch("nash_mtl", random_gradients(), 450, offset=lambda step: math.inf if step < 12 else 1.0)
+    watch("nash_mtl", random_gradients(), 400, offset=lambda step: math.inf if step < 12 else 1.0)
     assert not [*said]
 
 
