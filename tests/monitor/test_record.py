@@ -115,6 +115,17 @@ def test_no_graph_is_kept():
     assert not any(column.requires_grad for column in monitor.history().values())
 
 
+def test_cosines_of_a_gradient_that_vanishes():
+    """They are 0, and so is its share."""
+    monitor = igb.Monitor(warn=None)
+    for result in steps("upgrad", lambda step: random_gradients()(step) * torch.tensor([[1.0], [0.0], [1.0]]), 2):
+        monitor.record(result)
+    history = monitor.history()
+    names = ("cosine/depth/normals", "cosine/normals/edges", "norm/normals", "share/normals")
+    assert [history[name].tolist() for name in names] == [[0.0, 0.0]] * 4
+    assert history["cosine/depth/edges"].isfinite().all()
+
+
 def test_shares_are_of_the_update():
     results = list(steps("imtl_g", random_gradients(), 5))
     monitor = igb.Monitor(warn=None)
