@@ -476,7 +476,8 @@ class Balancer:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restores `state_dict`'s result, from any device; the next step then has the same bits as after the step that
-        was saved. Options stay this balancer's; where the state was of others, that is logged.
+        was saved. Options stay this balancer's; where the state was of others, that is logged. What `accumulate` has
+        gathered is dropped.
 
         Raises:
             ValueError: where the state is of other methods, or of other shared parameters. Nothing is changed then.
@@ -508,6 +509,7 @@ class Balancer:
         self._tasks = state["tasks"]
         self._names = names or self._given_names
         self._last = None if state.get("last") is None else tuple(state["last"])
+        self._accumulated = None
         self._passes.averages = MovingAverages(rows)
 
     def _options(self) -> list[str]:

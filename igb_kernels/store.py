@@ -267,7 +267,7 @@ def apart(buffers: OptionalTensors) -> OptionalTensors:
 
 def _room_for_grad(p: Tensor, buffer: Tensor | None) -> Tensor:
     """A tensor for the parameter's gradient: the buffer, if there is one of its dtype."""
-    dtype = getattr(p, "grad_dtype", None) or p.dtype  # it may be wider than the parameter's
+    dtype = (getattr(p, "grad_dtype", None) if p.is_leaf else None) or p.dtype  # it may be wider than the parameter's
     if p.is_complex() and buffer is not None and not buffer.is_complex():
         buffer = torch.view_as_complex(buffer)  # tables have complex columns as real ones
     return buffer if buffer is not None and buffer.dtype is dtype else torch.empty_like(p, dtype=dtype)

@@ -36,7 +36,8 @@ ALLOWED = {
     "agents": set(),
     "losses": OPERATIONS | {"agents"},
     "gradients": OPERATIONS | {"losses"},  # a method names the loss balancing that is part of it
-    "capture": FOUNDATION,
+    "peel": set(),
+    "capture": FOUNDATION | {"peel"},
     "store": OPERATIONS,
     "hooks": FOUNDATION | {"capture", "store"},
     "representation": {"capture"},
@@ -48,7 +49,8 @@ ALLOWED = {
     "methods": {"gradients", "losses"},
     "__init__": {"ops", "backends", "balancer", "gradients", "losses", "status", "result", "monitor"},
     "monitor": OPERATIONS | {"result"},
-    "integrations": OPERATIONS | {"losses", "gradients", "capture", "balancer", "result", "monitor"},
+    "integrations": OPERATIONS
+    | {"losses", "gradients", "capture", "store", "hooks", "passes", "balancer", "result", "monitor"},
 }
 """What each room may import, from the bottom to the top."""
 
