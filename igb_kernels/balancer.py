@@ -317,8 +317,10 @@ class Balancer:
 
     def _check_device(self, tasks: TaskLosses, argument: str) -> None:
         found, home = tasks.values.device, self._passes.home
+        if found == home:
+            return
         known = self._tasks is not None and self._passes.knows_heads
-        if found != home and (known or found.type == "meta"):
+        if known or found.type == "meta":
             like = "as in earlier steps" if known else "like the shared parameters"
             raise ValueError(f"{argument} must be on {home} {like}, found {found}")
 

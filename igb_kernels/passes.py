@@ -283,7 +283,7 @@ class Passes:
         """NON_FINITE where a gradient of these is, on the losses' device; a GradScaler skips that step, too."""
         if not params:
             return torch.zeros((), dtype=torch.int32, device=device)
-        return _bit_unless_finite(self._sq_norm_in_grad(params))
+        return _bit_unless_finite(self._sq_norm_in_grad(params)).to(device)
 
     def _sq_norm_in_grad(self, params: Sequence[Tensor]) -> Tensor:
         """Of what is in `.grad` of the parameters, [1]; sparse ones as they are."""

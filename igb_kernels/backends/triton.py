@@ -235,6 +235,8 @@ def _partials(launches: Sequence[_Launch], sums: int, device: torch.device) -> T
 
 def _sums(partials: Tensor, out: Tensor) -> Tensor:
     """Fills `out` with the sums over all programs: [K], or a [K, K] that is symmetric to the bit."""
+    if partials.shape[1] == 0:  # of rows without tensors, which are on no GPU
+        return out.zero_()
     square = out.dim() == 2
     grid = (len(out), len(out) if square else 1)
     _triton_kernels.sum_partials[grid](partials, out, partials.shape[1], SQUARE=square, BLOCK=1024, **OPTIONS)
