@@ -20,11 +20,22 @@ from .training import Log, v1_db_mtl
 
 transformers = pytest.importorskip("transformers")
 
+from accelerate.state import AcceleratorState, GradientState  # noqa: E402
+
 from igb_kernels.integrations.huggingface import BalancedTrainer  # noqa: E402
 
 pytestmark = [pytest.mark.xdist_group("huggingface"), pytest.mark.filterwarnings("ignore")]
 
 EPOCHS, EXAMPLES, SIZE = 3, 10, 2
+
+
+@pytest.fixture(autouse=True)
+def fresh_state(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Accelerators share their state within a process, and older TrainingArguments leave the precision behind."""
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -412,6 +423,9 @@ def test_balancers_that_cannot_be(tmp_path):
     args = Run(tmp_path).trainer.args
     with pytest.raises(TypeError, match="balancer must be a Balancer, or a function of the model, found 'db_mtl'"):
         BalancedTrainer(make_model(), args, balancer="db_mtl")
+    args._n_gpu = 2
+    with pytest.raises(RuntimeError, match="one GPU, found 2: set CUDA_VISIBLE_DEVICES"):
+        BalancedTrainer(model := make_model(), args, balancer=v1_db_mtl(model.parameters()))
     with pytest.raises(ValueError, match="must be a function of the model where model_init"):
         BalancedTrainer(None, args, model_init=lambda: make_model(), balancer=v1_db_mtl(make_model().parameters()))
 
