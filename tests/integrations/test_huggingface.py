@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import os
 import pathlib
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -16,7 +17,7 @@ from torch.nn import functional as F
 
 import igb_kernels as igb
 
-from .training import Log, v1_db_mtl
+from .training import TORCHRUN, Log, environment_kept, v1_db_mtl
 
 transformers = pytest.importorskip("transformers")
 
@@ -30,10 +31,10 @@ EPOCHS, EXAMPLES, SIZE = 3, 10, 2
 
 
 @pytest.fixture(autouse=True)
-def fresh_state(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def fresh_state() -> Iterator[None]:
     """Accelerators share their state within a process, and older TrainingArguments leave the precision behind."""
-    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
-    yield
+    with environment_kept():
+        yield
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
 
@@ -417,6 +418,12 @@ def test_what_does_not_go_with_several_losses(case, tmp_path):
     options, message = WRONG[case]
     with pytest.raises(ValueError, match=message):
         Run(tmp_path, **options)
+
+
+def test_several_processes_are_refused(tmp_path):
+    os.environ |= TORCHRUN
+    with pytest.raises(RuntimeError, match=r"one process .* found .*MULTI_CPU"):
+        Run(tmp_path)
 
 
 def test_balancers_that_cannot_be(tmp_path):

@@ -13,7 +13,18 @@ from balancer.models import same
 
 import igb_kernels as igb
 
-from .training import BATCHES, TASKS, Log, examples, losses_of, make_encoder_and_heads, plain_loop, uw_pcgrad, v1_db_mtl
+from .training import (
+    BATCHES,
+    TASKS,
+    Log,
+    environment_kept,
+    examples,
+    losses_of,
+    make_encoder_and_heads,
+    plain_loop,
+    uw_pcgrad,
+    v1_db_mtl,
+)
 
 lightning = pytest.importorskip("lightning.pytorch")
 
@@ -402,6 +413,5 @@ def test_the_mixin_comes_first():
 
 
 def test_several_processes_are_refused():
-    with pytest.raises(RuntimeError, match=r"one process and one device.*DDPStrategy"):
+    with environment_kept(), pytest.raises(RuntimeError, match=r"one process and one device.*DDPStrategy"):
         fit(Net(), strategy="ddp", devices=1)
-    torch.distributed.destroy_process_group()
