@@ -101,6 +101,24 @@ def test_the_bits_of_the_plain_loop(make, home):
     assert same(fit(module_of(home)(make), home=home), plain_loop(make))
 
 
+def test_options_of_backward_reach_it():
+    class AtRepresentation(Net):
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            x, y = batch
+            z = self.encoder(x)
+            losses = {task: (head(z) - y[:, k]).square().mean() for k, (task, head) in enumerate(self.heads.items())}
+            return self.balance(losses, representation=z)
+
+    net, other = (kind(lambda shared: igb.Balancer("imtl_g", shared=shared)) for kind in (AtRepresentation, Net))
+    fit(net, max_epochs=1)
+    fit(other, max_epochs=1)
+    first, at_parameters = net.seen.results[0], other.seen.results[0]
+    assert same(first.losses, at_parameters.losses)
+    assert not same(first.weights, at_parameters.weights)
+    with pytest.raises(ValueError, match=r"\['representation'\] must stay out of micro-batches"):
+        fit(net, accumulate_grad_batches=2)
+
+
 @pytest.mark.parametrize("decide_per", ["step", "micro_batch"])
 @pytest.mark.parametrize("make", [v1_db_mtl, uw_pcgrad])
 def test_accumulate_grad_batches(make, decide_per):
