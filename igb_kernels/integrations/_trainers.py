@@ -31,6 +31,7 @@ def backward(
     last: bool,
     are_shares: bool = False,
     scaler: torch.amp.GradScaler | None = None,
+    retain_graph: bool = False,
     **options: Any,
 ) -> BalanceResult | None:
     """The backward pass of one of an optimizer step's micro-batches; at the last, `.grad` is that of their mean loss.
@@ -40,20 +41,20 @@ def backward(
             before the last. "micro_batch": the mean of a decision for each.
         micro_batches: how many the step has, as far as the trainer's losses are concerned.
         are_shares: the losses of the step's micro-batches add up to its mean; else each is a mean itself.
-        options: of `Balancer.backward`.
+        retain_graph, options: of `Balancer.backward`.
     """
     if micro_batches == 1:
-        return balancer.backward(losses, scaler=scaler, **options)
+        return balancer.backward(losses, scaler=scaler, retain_graph=retain_graph, **options)
     if checked_decision(decide_per) == "micro_batch":
         # Scale-invariant rules would undo a division of the losses, so their gradients are divided.
         means = _each(losses, lambda loss: loss * micro_batches) if are_shares else losses
-        return balancer.backward(means, scaler=_Share(micro_batches, scaler), **options)
+        return balancer.backward(means, scaler=_Share(micro_batches, scaler), retain_graph=retain_graph, **options)
     if options:
         raise ValueError(f'{sorted(options)} must stay out of micro-batches, but with decide_per="micro_batch"')
     shares = losses if are_shares else _each(losses, lambda loss: loss / micro_batches)
     if last:
-        return balancer.backward(shares, scaler=scaler)
-    balancer.accumulate(shares, scaler=scaler)
+        return balancer.backward(shares, scaler=scaler, retain_graph=retain_graph)
+    balancer.accumulate(shares, scaler=scaler, retain_graph=retain_graph)
     return None
 
 

@@ -45,6 +45,7 @@ class BalancedTrainer(Trainer):
         balancer: a Balancer, or a function that makes one from the model (needed with `model_init`).
         decide_per: with gradient_accumulation_steps, "step" makes one decision for all of a step's micro-batches, as
             for one big batch, and keeps K gradients between them; "micro_batch" takes the mean of a decision for each.
+        representation: the model's output at which tasks are compared, by its name; see `Balancer.backward`.
         args, kwargs: the Trainer's.
 
     Raises:
@@ -55,15 +56,20 @@ class BalancedTrainer(Trainer):
     """
 
     def __init__(
-        self, *args: Any, balancer: Balancer | Callable[[nn.Module], Balancer], decide_per: str = "step", **kwargs: Any
+        self,
+        *args: Any,
+        balancer: Balancer | Callable[[nn.Module], Balancer],
+        decide_per: str = "step",
+        representation: str | None = None,
+        **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
-        self.decide_per = _trainers.checked_decision(decide_per)
+        self.decide_per, self.representation = _trainers.checked_decision(decide_per), representation
         if not (isinstance(balancer, Balancer) or callable(balancer)):
             raise TypeError(f"balancer must be a Balancer, or a function of the model, found {balancer!r}")
         if isinstance(balancer, Balancer) and self.model_init is not None:
             raise ValueError("balancer must be a function of the model where model_init makes a new one to train")
-        self._make_balancer, self._balanced_model, self._stepped = balancer, None, True
+        self._make_balancer, self._balanced_model = balancer, None
         self._use_balancer()
         check_one_process(self.accelerator)
         if self.args.n_gpu > 1:
@@ -115,22 +121,20 @@ class BalancedTrainer(Trainer):
         return (loss, outputs) if return_outputs else loss
 
     def prediction_step(self, model: Any, inputs: Any, prediction_loss_only: bool, ignore_keys: Any = None) -> Any:
-        """Trainer's hook: `losses` are no predictions."""
+        """Trainer's hook: losses and representations are no predictions."""
         if ignore_keys is None:
             config = getattr(self.model, "config", None)
-            ignore_keys = getattr(config, "keys_to_ignore_at_inference", ["past_key_values"] if config else [])
-        return super().prediction_step(model, inputs, prediction_loss_only, [*ignore_keys, "losses"])
+            ignore_keys = getattr(config, "keys_to_ignore_at_inference", ["past_key_values"])
+        ignore_keys = [*ignore_keys, "losses", self.representation]
+        return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
 
     # ---- Training ----
 
-    def train(self, *args: Any, **kwargs: Any) -> Any:
-        """Trainer's."""
-        self._progress.start(self.balancer)
-        return super().train(*args, **kwargs)
-
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
-        """Trainer's hook: learned weights are optimized, too."""
+        """Trainer's hook, where each training begins: learned weights are optimized, too."""
         self._use_balancer()
+        self._progress.start(self.balancer)
+        self._stepped = True
         is_new = self.optimizer is None
         optimizer: torch.optim.Optimizer = super().create_optimizer(*args, **kwargs)
         for group in self.balancer.param_groups() if is_new else ():
@@ -147,9 +151,9 @@ class BalancedTrainer(Trainer):
             self.optimizer.train()
         inputs = self._prepare_inputs(inputs)
         with self.compute_loss_context_manager():
-            losses, _ = self.compute_losses(model, inputs, num_items_in_batch)
-        every = self.args.torch_empty_cache_steps
-        if every is not None and self.state.global_step % every == 0:
+            losses, outputs = self.compute_losses(model, inputs, num_items_in_batch)
+        options = {} if self.representation is None else {"representation": outputs[self.representation]}
+        if (every := self.args.torch_empty_cache_steps) is not None and self.state.global_step % every == 0:
             clear_device_cache()
         are_shares = getattr(self, "loss_is_scaled_for_ga", None)
         if are_shares is None:
@@ -168,6 +172,7 @@ class BalancedTrainer(Trainer):
             last=self.accelerator.sync_gradients,
             are_shares=are_shares,
             scaler=self.accelerator.scaler,
+            **options,
         )
         self._progress.after_backward(result, epoch)
         self._stepped = self.accelerator.sync_gradients
@@ -187,9 +192,8 @@ class BalancedTrainer(Trainer):
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
-        if checkpoint is None:
-            return
-        if not os.path.isfile(path := os.path.join(checkpoint, FILE)):
+        path = os.path.join(checkpoint or "", FILE)
+        if checkpoint is not None and os.path.isfile(path):
+            self._progress.restore(torch.load(path, map_location="cpu", weights_only=True), self.balancer)
+        elif checkpoint is not None:
             warn_once(f"{checkpoint} has no {FILE}: the balancer goes on with what it has")
-            return
-        self._progress.restore(torch.load(path, map_location="cpu", weights_only=True), self.balancer)

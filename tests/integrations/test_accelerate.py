@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import pathlib
 from collections.abc import Iterator
 from typing import Any
@@ -12,7 +13,7 @@ from balancer.models import same
 
 import igb_kernels as igb
 
-from .training import Log, Net, examples, plain_loop, uw_pcgrad, v1_db_mtl
+from .training import TORCHRUN, Log, Net, environment_kept, examples, plain_loop, uw_pcgrad, v1_db_mtl
 
 accelerate = pytest.importorskip("accelerate")
 
@@ -132,14 +133,9 @@ def test_losses_are_checked_by_the_balancer():
         backward(training.accelerator, training.balancer, sum(losses.values()))
 
 
-def test_several_processes_are_refused(monkeypatch):
-    """As started by torchrun, be it with one process."""
-    for name, value in {"LOCAL_RANK": "0", "RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}.items():
-        monkeypatch.setenv(name, value)
-    monkeypatch.setenv("MASTER_PORT", "0")
-    training = Training()
-    try:
+def test_several_processes_are_refused():
+    with environment_kept():
+        os.environ |= TORCHRUN
+        training = Training()
         with pytest.raises(RuntimeError, match=r"one process .* found .*MULTI_CPU"):
             training.run()
-    finally:
-        torch.distributed.destroy_process_group()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import os
 import pathlib
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -16,15 +17,26 @@ from torch.nn import functional as F
 
 import igb_kernels as igb
 
-from .training import Log, v1_db_mtl
+from .training import TORCHRUN, Log, environment_kept, v1_db_mtl
 
 transformers = pytest.importorskip("transformers")
+
+from accelerate.state import AcceleratorState, GradientState  # noqa: E402
 
 from igb_kernels.integrations.huggingface import BalancedTrainer  # noqa: E402
 
 pytestmark = [pytest.mark.xdist_group("huggingface"), pytest.mark.filterwarnings("ignore")]
 
 EPOCHS, EXAMPLES, SIZE = 3, 10, 2
+
+
+@pytest.fixture(autouse=True)
+def fresh_state() -> Iterator[None]:
+    """Accelerators share their state within a process, and older TrainingArguments leave the precision behind."""
+    with environment_kept():
+        yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -43,7 +55,7 @@ class TwoHeads(transformers.PreTrainedModel):
     """Classifies tokens and scores texts."""
 
     config_class = transformers.BertConfig
-    with_loss = False
+    with_loss = with_hidden = False
 
     def __init__(self, config: Any) -> None:
         super().__init__(config)
@@ -58,6 +70,8 @@ class TwoHeads(transformers.PreTrainedModel):
         z = self.bert(input_ids).last_hidden_state
         tags, score = self.tag(z), self.score(z[:, 0])[:, 0]
         outputs = {"logits": tags, "score": score}
+        if self.with_hidden:
+            outputs["hidden"] = z
         if labels is not None:
             tagging = F.cross_entropy(tags.flatten(0, 1), labels.flatten(), reduction="sum")
             scoring = 5 * F.mse_loss(score, scores, reduction="sum")
@@ -166,9 +180,11 @@ def plain_loop(
     decide_per: str = "step",
     autocast: torch.dtype | None = None,
     scaler: torch.amp.GradScaler | None = None,
+    representation: bool = False,
 ) -> list[object]:
     """The same training without a Trainer."""
     model, log = make_model(), Log()
+    model.with_hidden = representation
     balancer = log.watch(make(model.bert.parameters()))
     optimizer = torch.optim.AdamW([{"params": model.parameters()}, *balancer.param_groups()], 0.05, weight_decay=0.0)
     of_epoch = EXAMPLES // SIZE
@@ -180,10 +196,11 @@ def plain_loop(
             window, left = left[:micro_batches], left[micro_batches:]
             for i, batch in enumerate(window):
                 with torch.autocast("cpu", autocast) if autocast else contextlib.nullcontext():
-                    losses = model(**batch)["losses"]
+                    outputs = model(**batch)
+                losses, at = outputs["losses"], {"representation": outputs["hidden"]} if representation else {}
                 if decide_per == "step":
                     step = balancer.backward if i == len(window) - 1 else balancer.accumulate
-                    step({task: loss / len(window) for task, loss in losses.items()}, scaler=scaler)
+                    step({task: loss / len(window) for task, loss in losses.items()}, scaler=scaler, **at)
                 else:
                     balancer.backward(losses, scaler=scaler)
             if decide_per != "step":
@@ -229,6 +246,16 @@ def test_a_scaler(steps, scale, tmp_path):
 def test_bfloat16(tmp_path):
     run = Run(tmp_path, bf16=True)
     assert same(run.train(), plain_loop(run.batches, autocast=torch.bfloat16))
+
+
+def test_tasks_compared_at_a_representation(tmp_path):
+    def make(shared: Any) -> igb.Balancer:
+        return igb.Balancer("imtl_g", shared=shared)
+
+    run = Run(tmp_path, make, init={"representation": "hidden"})
+    run.model.with_hidden = True
+    assert same(run.train(), plain_loop(run.batches, make, representation=True))
+    assert len(run.trainer.predict(data()[:4]).predictions) == 2
 
 
 @pytest.mark.parametrize("decide_per", ["step", "micro_batch"])
@@ -385,6 +412,25 @@ def test_another_training_is_another_epoch(tmp_path):
     assert same(run.balancer.losses.state_dict()["epoch"], 2), scales
 
 
+def test_a_training_that_was_interrupted_leaves_nothing_in_the_next(tmp_path):
+    """As where auto_find_batch_size tries again."""
+
+    class Interrupted(BalancedTrainer):
+        stop = True
+
+        def compute_losses(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Any:
+            if self._progress.waiting and self.stop:
+                raise ValueError("stop")
+            return super().compute_losses(model, inputs, num_items_in_batch)
+
+    runs = [Run(tmp_path, uw_pcgrad, trainer=Interrupted, gradient_accumulation_steps=2) for _ in range(2)]
+    with pytest.raises(ValueError, match="stop"):
+        runs[0].train()
+    for run in runs:
+        run.trainer.stop = False
+    assert same(*(run.train() for run in runs))
+
+
 # ---- What does not go ---------------------------------------------------------------------------------------------
 
 FAMO = lambda shared: igb.Balancer("famo", shared=shared)  # noqa: E731
@@ -408,10 +454,19 @@ def test_what_does_not_go_with_several_losses(case, tmp_path):
         Run(tmp_path, **options)
 
 
+def test_several_processes_are_refused(tmp_path):
+    os.environ |= TORCHRUN
+    with pytest.raises(RuntimeError, match=r"one process .* found .*MULTI_CPU"):
+        Run(tmp_path)
+
+
 def test_balancers_that_cannot_be(tmp_path):
     args = Run(tmp_path).trainer.args
     with pytest.raises(TypeError, match="balancer must be a Balancer, or a function of the model, found 'db_mtl'"):
         BalancedTrainer(make_model(), args, balancer="db_mtl")
+    args._n_gpu = 2
+    with pytest.raises(RuntimeError, match="one GPU, found 2: set CUDA_VISIBLE_DEVICES"):
+        BalancedTrainer(model := make_model(), args, balancer=v1_db_mtl(model.parameters()))
     with pytest.raises(ValueError, match="must be a function of the model where model_init"):
         BalancedTrainer(None, args, model_init=lambda: make_model(), balancer=v1_db_mtl(make_model().parameters()))
 

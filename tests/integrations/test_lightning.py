@@ -13,7 +13,18 @@ from balancer.models import same
 
 import igb_kernels as igb
 
-from .training import BATCHES, TASKS, Log, examples, losses_of, make_encoder_and_heads, plain_loop, uw_pcgrad, v1_db_mtl
+from .training import (
+    BATCHES,
+    TASKS,
+    Log,
+    environment_kept,
+    examples,
+    losses_of,
+    make_encoder_and_heads,
+    plain_loop,
+    uw_pcgrad,
+    v1_db_mtl,
+)
 
 lightning = pytest.importorskip("lightning.pytorch")
 
@@ -88,6 +99,24 @@ def fit(net: Any, data: Any = None, home: Any = lightning, ckpt_path: Any = None
 def test_the_bits_of_the_plain_loop(make, home):
     home = importlib.import_module(home)
     assert same(fit(module_of(home)(make), home=home), plain_loop(make))
+
+
+def test_options_of_backward_reach_it():
+    class AtRepresentation(Net):
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            x, y = batch
+            z = self.encoder(x)
+            losses = {task: (head(z) - y[:, k]).square().mean() for k, (task, head) in enumerate(self.heads.items())}
+            return self.balance(losses, representation=z)
+
+    net, other = (kind(lambda shared: igb.Balancer("imtl_g", shared=shared)) for kind in (AtRepresentation, Net))
+    fit(net, max_epochs=1)
+    fit(other, max_epochs=1)
+    first, at_parameters = net.seen.results[0], other.seen.results[0]
+    assert same(first.losses, at_parameters.losses)
+    assert not same(first.weights, at_parameters.weights)
+    with pytest.raises(ValueError, match=r"\['representation'\] must stay out of micro-batches"):
+        fit(net, accumulate_grad_batches=2)
 
 
 @pytest.mark.parametrize("decide_per", ["step", "micro_batch"])
@@ -402,6 +431,5 @@ def test_the_mixin_comes_first():
 
 
 def test_several_processes_are_refused():
-    with pytest.raises(RuntimeError, match=r"one process and one device.*DDPStrategy"):
+    with environment_kept(), pytest.raises(RuntimeError, match=r"one process and one device.*DDPStrategy"):
         fit(Net(), strategy="ddp", devices=1)
-    torch.distributed.destroy_process_group()

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Sequence
+import os
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -14,6 +15,23 @@ import igb_kernels as igb
 TASKS = ("depth", "normals", "edges")
 BATCHES = 5
 """In an epoch; not a multiple of the micro-batches, so that an epoch's last step has fewer."""
+
+
+@contextlib.contextmanager
+def environment_kept() -> Iterator[None]:
+    """Launchers leave variables behind, and process groups, which other tests would find."""
+    before = dict(os.environ)
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+
+
+TORCHRUN = {"LOCAL_RANK": "0", "RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+"""What torchrun sets, be it for one process."""
 
 
 def make_encoder_and_heads(seed: int = 0) -> tuple[nn.Module, nn.ModuleDict]:
