@@ -386,7 +386,7 @@ class GradientMethod(WeightMethod):
         return (losses, values, None) if source is None else (source.losses, values, source.scales)
 
     def _balancer_of(self, losses: Tensor, shared: list[Tensor], own: list[Tensor]) -> Balancer:
-        """The balancer for these parameters; a new one goes on where that for others was."""
+        """The balancer for these parameters. What a method remembers is its own, and outlives them."""
         before = self._balancer
         if before is not None and [*map(id, shared)] == [*map(id, before.shared)]:
             return before
@@ -397,8 +397,6 @@ class GradientMethod(WeightMethod):
             if reached:
                 options = {"heads": "weighted", "task_parameters": reached.values()}
         self._balancer = Balancer(self._balancing, self._given, shared=shared, tasks=self.n_tasks, **options)
-        if before is not None:
-            self._balancer.load_state_dict(before.state_dict())
         return self._balancer
 
     def _outcome(self, values: Tensor, result: BalanceResult) -> tuple[Tensor | None, Outputs | None]:
