@@ -153,7 +153,12 @@ class LossMethod(WeightMethod):
 
     log: ClassVar[bool] = False
 
-    def weights(self, losses: Tensor) -> Tensor:
+    def __init__(self, n_tasks: int, device: torch.device | str, max_norm: float = 0.0) -> None:
+        super().__init__(n_tasks, device, max_norm)
+        self.weights = torch.ones(n_tasks, device=self.device)
+        """The last step's [K]."""
+
+    def _weigh(self, losses: Tensor) -> Tensor:
         """The step's weights [K] from its losses, detached."""
         raise NotImplementedError
 
@@ -161,7 +166,7 @@ class LossMethod(WeightMethod):
         """The weighted losses [K], to be summed or handed to a gradient method; and {"weights": [K]}."""
         self._check(losses)
         known = losses.detach()
-        weights = self.weights(known)
+        weights = self.weights = self._weigh(known)
         values, scales = weights * known, weights
         if self.log:
             values, scales = weights * known.log(), weights * log_scales(known)
@@ -205,7 +210,7 @@ class LinearScalarization(LossMethod):
             raise ValueError(f"task_weights must have shape ({n_tasks},), found {tuple(weights.shape)}")
         self.task_weights = weights.to(self.device)
 
-    def weights(self, losses: Tensor) -> Tensor:
+    def _weigh(self, losses: Tensor) -> Tensor:
         return self.task_weights
 
 
@@ -223,15 +228,15 @@ class STL(LossMethod):
         if not 0 <= main_task < n_tasks:
             raise ValueError(f"main_task must be 0 to {n_tasks - 1}, found {main_task!r}")
         self.main_task = main_task
-        self._weights = torch.zeros(n_tasks, device=self.device)
-        self._weights[main_task] = 1
+        self.weights = torch.zeros(n_tasks, device=self.device)
+        self.weights[main_task] = 1
 
-    def weights(self, losses: Tensor) -> Tensor:
-        return self._weights
+    def _weigh(self, losses: Tensor) -> Tensor:
+        return self.weights
 
     def get_weighted_loss(self, losses: Tensor, **kwargs: Any) -> tuple[Tensor, Outputs]:
         self._check(losses)  # the others' losses may be anything
-        return losses[self.main_task], {"weights": self._weights}
+        return losses[self.main_task], {"weights": self.weights}
 
 
 class Uncertainty(LossMethod):
@@ -248,7 +253,8 @@ class Uncertainty(LossMethod):
         if self.log:
             losses = with_gradient(losses, losses.detach().log(), log_scales(losses.detach()))
         precisions = (-self.logsigma).exp()
-        return (precisions * losses + self.logsigma) / 2, {"weights": precisions.detach()}
+        self.weights = precisions.detach()
+        return (precisions * losses + self.logsigma) / 2, {"weights": self.weights}
 
     def parameters(self) -> list[Tensor]:
         return [self.logsigma]
@@ -260,9 +266,9 @@ class RLW(LossMethod):
     total: ClassVar[str] = "one"
     """Their sum: "one", or "tasks"."""
 
-    def weights(self, losses: Tensor) -> Tensor:
+    def _weigh(self, losses: Tensor) -> Tensor:
         weights = torch.softmax(torch.randn(self.n_tasks, device="cpu"), dim=-1)
-        return (self.n_tasks * weights if self.total == "tasks" else weights).to(losses.device)
+        return sent(self.n_tasks * weights if self.total == "tasks" else weights, losses.device)
 
 
 class RuleMethod(LossMethod):
@@ -296,7 +302,7 @@ class DynamicWeightAverage(RuleMethod):
         self.iteration_window = iteration_window
         self.running_iterations = 0
 
-    def weights(self, losses: Tensor) -> Tensor:
+    def _weigh(self, losses: Tensor) -> Tensor:
         weights = self._step(losses)
         self.running_iterations += 1
         return weights if self.running_iterations > self.iteration_window + 1 else torch.ones_like(weights)
@@ -305,6 +311,13 @@ class DynamicWeightAverage(RuleMethod):
         """See the base class."""
         weighted, outputs = super().get_weighted_losses(losses)
         return (weighted / self.n_tasks if self.reduction == "mean" else weighted), outputs
+
+
+def sent(numbers: Tensor, device: torch.device) -> Tensor:
+    """Numbers from the CPU, on the device; nothing waits."""
+    if device.type == "cuda":
+        numbers = numbers.pin_memory()  # from the caching allocator, which keeps it until the copy is done
+    return numbers.to(device, non_blocking=True)
 
 
 def _run(tensor: Tensor) -> Backend:
@@ -525,7 +538,8 @@ class ShuffledPCGrad(gradients.PCGrad):
         for _ in self._order:
             random.shuffle(order)
             times.append([float(order.index(k)) for k in self._order])
-        return torch.tensor(times, dtype=torch.float64, device=None if self.state is None else self.state.device)
+        assert self.state is not None, "start() comes first"
+        return sent(torch.tensor(times, dtype=torch.float64, device="cpu"), self.state.device)
 
 
 # ---- The methods of all three -------------------------------------------------------------------------------------

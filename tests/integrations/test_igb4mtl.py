@@ -117,6 +117,7 @@ def test_loss_methods_alone(loss):
         if way == "get_weighted_losses":
             assert value.shape == (3,)
             value = value.sum()
+        assert method.method.weights is outputs["weights"]
         if way != "backward":
             value.backward()
         found.append([value.detach(), outputs["weights"], *(p.grad for p in method.parameters()), *grads(model)])
