@@ -513,6 +513,17 @@ def test_refused_without_where_to_compare(params, place):
     assert all(g is None for g in grads(model))
 
 
+def test_a_task_whose_loss_needs_no_gradient():
+    """Is missing in the step, with weight 0; where the heads alone are run first, it is refused."""
+    model = seeded_model()
+    first, *others = [head(model.encoder(model.x)).square().mean() for head in model.heads]
+    losses = torch.stack([first.detach(), *others])
+    _, outputs = step(make(nash_mtl, "nashmtl"), model, losses)
+    assert (outputs["weights"] > 0).tolist() == [False, True, True]
+    with pytest.raises(ValueError, match=r"losses must all require grad, found that only those of the tasks \[1, 2\]"):
+        step(make(nash_mtl, "mgda", params="last"), model, losses)
+
+
 def test_importing_needs_torch_alone():
     script = (
         "import json, sys\n"
