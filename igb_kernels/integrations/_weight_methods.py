@@ -132,20 +132,25 @@ def listed(tensors: Tensors) -> list[Tensor]:
 
 @dataclass(frozen=True)
 class Source:
-    """Where weighted losses come from: what lets a gradient method start its passes at the losses themselves."""
+    """Where weighted losses φ [K] come from: a gradient method that knows it starts its passes at the losses."""
 
     losses: Tensor
-    """As they were given [K]."""
-    scales: Tensor
-    """dφ_k/dL_k [K]."""
-    version: int
-    """Of the weighted losses: they have been changed in place since, if it is another."""
+    """[K], with their graph."""
+    scales: Tensor | None = None
+    """dφ_k/dL_k [K]; None: 1."""
+    learned: tuple[Tensor, Tensor] | None = None
+    """A parameter t [K] that φ depends on, too, and dφ_k/dt_k."""
 
-    @classmethod
-    def of(cls, weighted: Tensor) -> Source | None:
-        """That of weighted losses, if it is known."""
-        source: Source | None = getattr(weighted, "_igb_source", None)
-        return source if source is not None and source.version == weighted._version else None
+    def attach(self, weighted: Tensor) -> Tensor:
+        """The weighted losses, which remember it until they are changed in place."""
+        weighted._igb_source = self, weighted._version  # type: ignore[attr-defined]
+        return weighted
+
+    @staticmethod
+    def of(weighted: Tensor) -> Source:
+        """That of weighted losses, if they remember it; else they are the losses."""
+        source, version = getattr(weighted, "_igb_source", (None, None))
+        return source if isinstance(source, Source) and version == weighted._version else Source(weighted)
 
 
 class LossMethod(WeightMethod):
@@ -153,7 +158,12 @@ class LossMethod(WeightMethod):
 
     log: ClassVar[bool] = False
 
-    def weights(self, losses: Tensor) -> Tensor:
+    def __init__(self, n_tasks: int, device: torch.device | str, max_norm: float = 0.0) -> None:
+        super().__init__(n_tasks, device, max_norm)
+        self.weights = torch.ones(n_tasks, device=self.device)
+        """The last step's [K]."""
+
+    def _weigh(self, losses: Tensor) -> Tensor:
         """The step's weights [K] from its losses, detached."""
         raise NotImplementedError
 
@@ -161,7 +171,7 @@ class LossMethod(WeightMethod):
         """The weighted losses [K], to be summed or handed to a gradient method; and {"weights": [K]}."""
         self._check(losses)
         known = losses.detach()
-        weights = self.weights(known)
+        weights = self.weights = self._weigh(known)
         values, scales = weights * known, weights
         if self.log:
             values, scales = weights * known.log(), weights * log_scales(known)
@@ -183,10 +193,8 @@ def log_scales(losses: Tensor, eps: float = 0.0) -> Tensor:
 
 
 def with_gradient(losses: Tensor, values: Tensor, scales: Tensor) -> Tensor:
-    """These values [K], with the derivatives `scales` [K] by the losses; remembers both."""
-    weighted = values + (losses - losses.detach()) * scales
-    weighted._igb_source = Source(losses, scales, weighted._version)  # type: ignore[attr-defined]
-    return weighted
+    """These values [K], with the derivatives `scales` [K] by the losses."""
+    return Source(losses, scales).attach(values + (losses - losses.detach()) * scales)
 
 
 class LinearScalarization(LossMethod):
@@ -205,7 +213,7 @@ class LinearScalarization(LossMethod):
             raise ValueError(f"task_weights must have shape ({n_tasks},), found {tuple(weights.shape)}")
         self.task_weights = weights.to(self.device)
 
-    def weights(self, losses: Tensor) -> Tensor:
+    def _weigh(self, losses: Tensor) -> Tensor:
         return self.task_weights
 
 
@@ -223,15 +231,15 @@ class STL(LossMethod):
         if not 0 <= main_task < n_tasks:
             raise ValueError(f"main_task must be 0 to {n_tasks - 1}, found {main_task!r}")
         self.main_task = main_task
-        self._weights = torch.zeros(n_tasks, device=self.device)
-        self._weights[main_task] = 1
+        self.weights = torch.zeros(n_tasks, device=self.device)
+        self.weights[main_task] = 1
 
-    def weights(self, losses: Tensor) -> Tensor:
-        return self._weights
+    def _weigh(self, losses: Tensor) -> Tensor:
+        return self.weights
 
     def get_weighted_loss(self, losses: Tensor, **kwargs: Any) -> tuple[Tensor, Outputs]:
         self._check(losses)  # the others' losses may be anything
-        return losses[self.main_task], {"weights": self._weights}
+        return losses[self.main_task], {"weights": self.weights}
 
 
 class Uncertainty(LossMethod):
@@ -245,10 +253,14 @@ class Uncertainty(LossMethod):
     def get_weighted_losses(self, losses: Tensor, **kwargs: Any) -> tuple[Tensor, Outputs]:
         """See the base class."""
         self._check(losses)
+        known, scales, transformed = losses.detach(), torch.ones_like(losses), losses
         if self.log:
-            losses = with_gradient(losses, losses.detach().log(), log_scales(losses.detach()))
+            known, scales = known.log(), log_scales(known)
+            transformed = with_gradient(losses, known, scales)
         precisions = (-self.logsigma).exp()
-        return (precisions * losses + self.logsigma) / 2, {"weights": precisions.detach()}
+        self.weights = precisions.detach()
+        source = Source(losses, self.weights * scales / 2, (self.logsigma, (1 - self.weights * known) / 2))
+        return source.attach((precisions * transformed + self.logsigma) / 2), {"weights": self.weights}
 
     def parameters(self) -> list[Tensor]:
         return [self.logsigma]
@@ -260,9 +272,9 @@ class RLW(LossMethod):
     total: ClassVar[str] = "one"
     """Their sum: "one", or "tasks"."""
 
-    def weights(self, losses: Tensor) -> Tensor:
+    def _weigh(self, losses: Tensor) -> Tensor:
         weights = torch.softmax(torch.randn(self.n_tasks, device="cpu"), dim=-1)
-        return (self.n_tasks * weights if self.total == "tasks" else weights).to(losses.device)
+        return sent(self.n_tasks * weights if self.total == "tasks" else weights, losses.device)
 
 
 class RuleMethod(LossMethod):
@@ -296,7 +308,7 @@ class DynamicWeightAverage(RuleMethod):
         self.iteration_window = iteration_window
         self.running_iterations = 0
 
-    def weights(self, losses: Tensor) -> Tensor:
+    def _weigh(self, losses: Tensor) -> Tensor:
         weights = self._step(losses)
         self.running_iterations += 1
         return weights if self.running_iterations > self.iteration_window + 1 else torch.ones_like(weights)
@@ -305,6 +317,13 @@ class DynamicWeightAverage(RuleMethod):
         """See the base class."""
         weighted, outputs = super().get_weighted_losses(losses)
         return (weighted / self.n_tasks if self.reduction == "mean" else weighted), outputs
+
+
+def sent(numbers: Tensor, device: torch.device) -> Tensor:
+    """Numbers from the CPU, on the device; nothing waits."""
+    if device.type == "cuda":
+        numbers = numbers.pin_memory()  # from the caching allocator, which keeps it until the copy is done
+    return numbers.to(device, non_blocking=True)
 
 
 def _run(tensor: Tensor) -> Backend:
@@ -370,23 +389,28 @@ class GradientMethod(WeightMethod):
         if shared_parameters is None:
             raise ValueError(f"shared_parameters must be given to {type(self).__name__}, found None")
         shared = listed(shared_parameters)
-        raw, values, self._given.values = self._sources(losses)
-        balancer = self._balancer_of(raw, shared, listed(own))
+        source, values = self._seen(losses)
+        self._given.values = source.scales
+        balancer = self._balancer_of(source.losses, shared, listed(own))
         self._clip(shared, "before")
-        self.result = balancer.backward(raw, representation=representation)
+        self.result = balancer.backward(source.losses, representation=representation)
         self._clip(shared, "after")
+        if source.learned is not None:
+            parameter, gradient = source.learned
+            weights = self.result.weights if self.heads == "weighted" else 1
+            gradient = (weights * gradient).to(parameter.dtype)
+            parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
         return self._outcome(values, self.result)
 
-    def _sources(self, losses: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        """The losses where passes begin; the values that the method sees, detached; and the scales, if there are."""
+    def _seen(self, losses: Tensor) -> tuple[Source, Tensor]:
+        """Where passes begin, and the values that the method balances, detached."""
         values = losses.detach() if isinstance(losses, Tensor) else torch.stack([loss.detach() for loss in losses])
-        if self.log_eps is not None:
-            return losses, (values + self.log_eps).log(), log_scales(values, self.log_eps)
-        source = Source.of(losses)
-        return (losses, values, None) if source is None else (source.losses, values, source.scales)
+        if self.log_eps is None:
+            return Source.of(losses), values
+        return Source(losses, log_scales(values, self.log_eps)), (values + self.log_eps).log()
 
     def _balancer_of(self, losses: Tensor, shared: list[Tensor], own: list[Tensor]) -> Balancer:
-        """The balancer for these parameters; a new one goes on where that for others was."""
+        """The balancer for these parameters. What a method remembers is its own, and outlives them."""
         before = self._balancer
         if before is not None and [*map(id, shared)] == [*map(id, before.shared)]:
             return before
@@ -397,8 +421,6 @@ class GradientMethod(WeightMethod):
             if reached:
                 options = {"heads": "weighted", "task_parameters": reached.values()}
         self._balancer = Balancer(self._balancing, self._given, shared=shared, tasks=self.n_tasks, **options)
-        if before is not None:
-            self._balancer.load_state_dict(before.state_dict())
         return self._balancer
 
     def _outcome(self, values: Tensor, result: BalanceResult) -> tuple[Tensor | None, Outputs | None]:
@@ -432,13 +454,12 @@ class WeightedLossMethod(GradientMethod):
         tensors = listed(places[self.params])
         if not tensors:
             raise ValueError(f"{PLACES[self.params]} must be given where params is {self.params!r}, found none")
-        raw, values, scales = self._sources(losses)
-        self.result = self._solved(raw, tensors, scales)
+        source, values = self._seen(losses)
+        self.result = self._solved(source, tensors)
         _, outputs = self._outcome(values, self.result)
         weights = self.result.weights.to(values.dtype)
-        if self.log_eps is not None:
-            assert scales is not None
-            losses = with_gradient(losses, values, scales)
+        if self.log_eps is not None and source.scales is not None:
+            losses = with_gradient(losses, values, source.scales)
         return (weights * losses).sum(), outputs or {}
 
     def backward(
@@ -455,7 +476,7 @@ class WeightedLossMethod(GradientMethod):
             return self._balance(losses, shared_parameters, task_specific_parameters)
         if self.params == "rep" and shared_parameters is not None:
             shared, tensors = listed(shared_parameters), listed(representation)
-            around = {id(p) for p in shared}.intersection(map(id, _leaves_of(self._sources(losses)[0], tensors)[0]))
+            around = {id(p) for p in shared}.intersection(map(id, _leaves_of(Source.of(losses).losses, tensors)[0]))
             if tensors and not around:
                 return self._balance(losses, shared, task_specific_parameters, tensors)
             warn_once(
@@ -470,12 +491,14 @@ class WeightedLossMethod(GradientMethod):
         self._clip(shared_parameters, "after")
         return loss.detach(), outputs
 
-    def _solved(self, losses: Tensor, tensors: list[Tensor], scales: Tensor | None) -> BalanceResult:
+    def _solved(self, source: Source, tensors: list[Tensor]) -> BalanceResult:
         """Weights from the gradients of the scaled losses at these tensors, which stay as they are."""
         method = self._balancing
-        read = TaskLosses(losses, None, tasks=(self.n_tasks, "as n_tasks says"))
+        read = TaskLosses(source.losses, None, tasks=(self.n_tasks, "as n_tasks says"))
+        if read.active is not None:
+            raise ValueError(f"losses must all require grad, found that only those of the tasks {[*read.active]} do")
         method.start(self.n_tasks, read.values.device)
-        scales = torch.ones_like(read.values) if scales is None else scales
+        scales = torch.ones_like(read.values) if source.scales is None else source.scales
         gram = None
         if method.needs() is Needs.HELD:
             weights, status = method.held_weights().clone(), torch.zeros((), dtype=torch.int32, device=scales.device)
@@ -527,7 +550,8 @@ class ShuffledPCGrad(gradients.PCGrad):
         for _ in self._order:
             random.shuffle(order)
             times.append([float(order.index(k)) for k in self._order])
-        return torch.tensor(times, dtype=torch.float64, device=None if self.state is None else self.state.device)
+        assert self.state is not None, "start() comes first"
+        return sent(torch.tensor(times, dtype=torch.float64, device="cpu"), self.state.device)
 
 
 # ---- The methods of all three -------------------------------------------------------------------------------------
@@ -581,10 +605,10 @@ class MGDA(WeightedLossMethod):
     def _hull(self, normalization: str) -> GradientBalancer:
         return SummedMGDA(normalization, apply_to="raw")
 
-    def _sources(self, losses: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+    def _seen(self, losses: Tensor) -> tuple[Source, Tensor]:
         if self.normalization in ("loss", "loss+") and self.log_eps is None:
-            return losses, losses.detach(), None  # it divides by the losses that it is given
-        return super()._sources(losses)
+            return Source(losses), losses.detach()  # it divides by the losses that it is given
+        return super()._seen(losses)
 
 
 NORMALIZATIONS = {"none": "none", "norm": "l2", "loss": "loss", "loss+": "loss+"}

@@ -95,8 +95,11 @@ class FAMO(RuleMethod):
         logits = self._famo.logits
         assert logits is not None, "a step makes them"
         values = scales * distances * distances.log()
-        outputs = {"weights": logits.softmax(-1).to(losses.dtype), "logits": logits.to(losses.dtype)}
-        return shared.with_gradient(losses, values, scales), outputs
+        self.weights = logits.softmax(-1).to(losses.dtype)
+        return shared.with_gradient(losses, values, scales), {
+            "weights": self.weights,
+            "logits": logits.to(losses.dtype),
+        }
 
     def update(self, curr_loss: Tensor) -> None:
         """Learns from the losses [K] after the optimizer's step."""

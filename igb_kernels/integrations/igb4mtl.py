@@ -97,7 +97,7 @@ class ImprovableGapBalancing_v1(LossMethod):
         super().__init__(n_tasks, device, **kwargs)
         self.base_losses: Tensor | None = None
 
-    def weights(self, losses: Tensor) -> Tensor:
+    def _weigh(self, losses: Tensor) -> Tensor:
         if self.base_losses is None:
             return torch.ones_like(losses)
         base = self.base_losses.to(losses.device, losses.dtype).clamp_min(TINY)
@@ -140,14 +140,14 @@ class ImprovableGapBalancing_v2(RuleMethod):
         self.custom_step = 0
         self._knows_base = False
 
-    def weights(self, losses: Tensor) -> Tensor:
+    def _weigh(self, losses: Tensor) -> Tensor:
         if self.train_batch is None:
             raise ValueError("train_batch must be set to the number of steps in an epoch before the first step")
         self._step(losses)
         self.custom_step += 1
         weights = self._agent.per_task()
         assert weights is not None, "a step chooses them"
-        return weights.to(losses.device)
+        return shared.sent(weights, losses.device)
 
     @property
     def base_losses(self) -> Tensor | None:

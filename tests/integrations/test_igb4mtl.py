@@ -56,7 +56,7 @@ def test_every_pair(loss, gradient):
         assert [*second.parameters()] == []
 
 
-@pytest.mark.parametrize("loss", ["si", "igbv1", "ls", "rlwlog"])
+@pytest.mark.parametrize("loss", ["si", "igbv1", "ls", "uw", "uwlog"])
 @pytest.mark.parametrize("gradient", ["mgda", "cagrad", "nashmtl", "imtl", "pcgrad", "ls"])
 def test_passes_start_at_the_losses_themselves(loss, gradient):
     """So that each runs its own head alone, though the weighted losses are no torch.stack; with the same result."""
@@ -69,7 +69,7 @@ def test_passes_start_at_the_losses_themselves(loss, gradient):
         heads, _ = counted(model)
         weighted, _ = weigh(first, model)
         second.backward(losses=weighted if way == "whole" else 1 * weighted, **model.places())
-        found.append(grads(model))
+        found.append([*grads(model), *(p.grad for p in first.parameters())])
         head_passes.append([head.passes for head in heads])
     for a, b in zip(*found, strict=True):
         torch.testing.assert_close(a, b)
@@ -117,6 +117,7 @@ def test_loss_methods_alone(loss):
         if way == "get_weighted_losses":
             assert value.shape == (3,)
             value = value.sum()
+        assert method.method.weights is outputs["weights"]
         if way != "backward":
             value.backward()
         found.append([value.detach(), outputs["weights"], *(p.grad for p in method.parameters()), *grads(model)])

@@ -283,6 +283,47 @@ def test_the_weighted_loss_does_the_same(module, name, options):
         torch.testing.assert_close(a, b)
 
 
+def test_weighted_losses_with_held_weights():
+    found = []
+    for way in ("backward", "get_weighted_loss"):
+        method, model = make(nash_mtl, "nashmtl", update_weights_every=2), seeded_model()
+        for _ in range(4):
+            _, outputs = getattr(method, way)(losses=model.losses()[0], **model.places())
+            found.append(outputs["weights"])
+            with torch.no_grad():
+                for p in model.parameters():
+                    p.mul_(0.8)
+    assert torch.equal(found[0], found[1])
+    assert not torch.equal(found[1], found[2])
+    assert torch.equal(found[2], found[3])
+    for a, b in zip(found[:4], found[4:], strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("reduction", ["sum", "mean"])
+def test_pcgrad_visits_as_the_originals(reduction):
+    """In the orders of `random.shuffle`, one list for all gradients, and each gradient among those it visits."""
+    jacobians = torch.randn(30, 5, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    random.seed(7)
+    expected = []
+    for jacobian in jacobians:
+        order, total = [*jacobian], torch.zeros(3, dtype=torch.float64)
+        for gradient in jacobian:
+            random.shuffle(order)
+            for other in order:
+                conflict = (gradient @ other).clamp_max(0)
+                gradient = gradient - conflict / other.square().sum() * other
+            total += gradient
+        expected.append(total / (5 if reduction == "mean" else 1))
+    random.seed(7)
+    method = make(nash_mtl, "pcgrad", 5, reduction=reduction)
+    x = torch.zeros(3, dtype=torch.float64, requires_grad=True)
+    for jacobian, update in zip(jacobians, expected, strict=True):
+        x.grad = None
+        method.backward(jacobian @ x, shared_parameters=[x])
+        torch.testing.assert_close(x.grad, update)
+
+
 @pytest.mark.parametrize("name", ["pcgrad", "cagrad"])
 def test_no_weighted_loss(name):
     with pytest.raises(NotImplementedError, match=r"has no weighted loss.*backward\(\)"):
@@ -470,6 +511,17 @@ def test_refused_without_where_to_compare(params, place):
     with pytest.raises(ValueError, match=f"{place} must be given where params is {params!r}"):
         step(make(nash_mtl, "mgda", params=params), model, **{place: None})
     assert all(g is None for g in grads(model))
+
+
+def test_a_task_whose_loss_needs_no_gradient():
+    """Is missing in the step, with weight 0; where the heads alone are run first, it is refused."""
+    model = seeded_model()
+    first, *others = [head(model.encoder(model.x)).square().mean() for head in model.heads]
+    losses = torch.stack([first.detach(), *others])
+    _, outputs = step(make(nash_mtl, "nashmtl"), model, losses)
+    assert (outputs["weights"] > 0).tolist() == [False, True, True]
+    with pytest.raises(ValueError, match=r"losses must all require grad, found that only those of the tasks \[1, 2\]"):
+        step(make(nash_mtl, "mgda", params="last"), model, losses)
 
 
 def test_importing_needs_torch_alone():
