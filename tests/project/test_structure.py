@@ -48,6 +48,9 @@ ALLOWED = {
     "methods": {"gradients", "losses"},
     "__init__": {"ops", "backends", "balancer", "gradients", "losses", "status", "result", "monitor"},
     "monitor": OPERATIONS | {"result"},
+    "printing": set(),
+    "doctor": OPERATIONS | {"_native", "losses", "gradients", "balancer", "printing"},
+    "__main__": {"doctor", "printing"},
     "integrations": OPERATIONS | {"losses", "gradients", "capture", "balancer", "result", "monitor"},
 }
 """What each room may import, from the bottom to the top."""
