@@ -11,7 +11,6 @@ import copyreg
 import threading
 from collections.abc import Callable
 from contextlib import ExitStack
-from functools import partial
 from typing import Any
 
 import torch
@@ -41,15 +40,17 @@ class TimedBackend:
 
     def __init__(self, backend: Any, recorder: Recorder) -> None:
         self._backend, self._recorder = backend, recorder
+        recorder.backends.add(str(getattr(backend, "__name__", type(backend).__name__)).rpartition(".")[2])
         for name, phase in OPERATIONS.items():
-            setattr(self, name, partial(self._run, name, phase))
+            setattr(self, name, self._timed(name, phase, f"{phase.value}: {name}"))
 
-    def _run(self, name: str, phase: Phase, *arguments: Any) -> Any:
-        return self._recorder.operation(self._backend, name, phase, arguments)
+    def _timed(self, name: str, phase: Phase, label: str) -> Callable[..., Any]:
+        backend, operation = self._backend, self._recorder.operation
+        return lambda *arguments: operation(getattr(backend, name), name, phase, label, arguments)
 
     def Table(self, *arguments: Any) -> Any:
         """Addresses of gradients."""
-        with self._recorder.within(Phase.CAPTURE, f"{Phase.CAPTURE.value}: table"):
+        with self._recorder.within(Phase.CAPTURE, "taking gradients: table"):
             return self._backend.Table(*arguments)
 
     def __getattr__(self, name: str) -> Any:
@@ -112,7 +113,8 @@ class Instruments:
         recorder, cls = self._recorder, type(passes)
 
         def fill(self: Any, *arguments: Any) -> None:
-            recorder.row_bytes = sum([p.nbytes for p in self.shared])
+            if recorder.row_bytes == 0:
+                recorder.row_bytes = sum([p.nbytes for p in self.shared])
             with recorder.within(Phase.CAPTURE):
                 cls._fill(self, *arguments)
 
@@ -126,8 +128,10 @@ class Instruments:
 
     def _put_into(self, undo: ExitStack, part: Any, phase: Phase, *methods: str) -> None:
         def timed(name: str, method: Callable[..., Any]) -> Callable[..., Any]:
+            label = f"{phase.value}: {name}"
+
             def call(*arguments: Any) -> Any:
-                with self._recorder.within(phase, f"{phase.value}: {name}"):
+                with self._recorder.within(phase, label):
                     return method(*arguments)
 
             return call

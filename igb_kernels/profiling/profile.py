@@ -74,8 +74,8 @@ class profile:
     need memory for those. These are not measured. Training goes on as without: gradients, state and random numbers are
     the same bits. On a GPU, PyTorch's statistics of peak memory are reset at each step, and phases are NVTX ranges.
 
-    On exit everything is put back, and the copy floor is measured: copying the K gradients once. Without a profile,
-    balancers have nothing of it in them.
+    On exit everything is put back, and the copy floor is measured: copying the K gradients once. A profile costs
+    about 0.2 ms of the host's time a step (for K = 3 to 8); without one, balancers have nothing of it in them.
 
     Args:
         balancer: the balancer whose steps are profiled. One profile at a time.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, Node
 
+from igb_kernels.backends import captures_graph
 from igb_kernels.profiling.graph import meeting
 from igb_kernels.profiling.memory import PeakOfAllocations
 from igb_kernels.profiling.replay import NotReplayed, Replay, agree, results
@@ -44,6 +45,25 @@ class Step:
     """What the reference took for each operation, in ms."""
 
 
+_NOWHERE = nullcontext()
+
+
+class _Within:
+    """A context that is a span."""
+
+    __slots__ = ("_name", "_operation", "_phase", "_span", "_spans")
+
+    def __init__(self, spans: Spans, phase: Phase, name: str, operation: bool) -> None:
+        self._spans, self._phase, self._name, self._operation = spans, phase, name, operation
+
+    def __enter__(self) -> None:
+        self._span = self._spans.begin(self._phase, self._name)
+        self._span.operation = self._operation
+
+    def __exit__(self, *raised: object) -> None:
+        self._spans.end(self._span)
+
+
 class Recorder:
     """Follows the steps: is told when things begin and end, and never waits for the device in a measured step."""
 
@@ -53,6 +73,7 @@ class Recorder:
         self.clock = Clock(device)
         self.shared, self.warmup, self.most, self.reference = shared, warmup, measured, reference
         self.steps: list[Step] = []
+        self._measured = 0
         self.notes: set[str] = set()
         self.wrong: set[Phase] = set()
         """Where the reference came to something else."""
@@ -80,7 +101,7 @@ class Recorder:
     @property
     def finished(self) -> bool:
         """Whether all steps that were asked for have been measured."""
-        return sum(step.kind == "measured" for step in self.steps) >= self.most
+        return self._measured >= self.most
 
     def _kind(self, number: int) -> str:
         after = number - self.warmup
@@ -116,6 +137,7 @@ class Recorder:
             step.total_peak = torch.cuda.max_memory_allocated(self.clock.device)
             step.peak = step.total_peak - self._held
         self.steps.append(step)
+        self._measured += step.kind == "measured"
 
     def _next_step(self, at: Moment, forward: Span | None = None) -> None:
         """Ends the step, and begins the next; `forward` is what has been seen of it."""
@@ -263,40 +285,36 @@ class Recorder:
 
     # ---- What runs in it ------------------------------------------------------------------------------------------
 
-    @contextmanager
-    def within(self, phase: Phase, name: str = "", operation: bool = False) -> Iterator[None]:
+    def within(self, phase: Phase, name: str = "", operation: bool = False) -> AbstractContextManager[object]:
         """A span, while a step is balanced."""
-        if not self.balancing:
-            yield
-            return
-        spans = self._step.spans
-        span = spans.begin(phase, name)
-        span.operation = operation
-        try:
-            yield
-        finally:
-            spans.end(span)
+        return _Within(self._step.spans, phase, name, operation) if self.balancing else _NOWHERE
 
-    def backward_pass(self, roots: Any) -> Any:
+    def backward_pass(self, roots: Any) -> AbstractContextManager[object]:
         """Around autograd's engine, started at `roots`."""
         return self.within(Phase.PASS, self._name(roots) if self.balancing else "")
 
-    def operation(self, backend: Any, name: str, phase: Phase, arguments: Sequence[Any]) -> Any:
+    def operation(self, run: Callable[..., Any], name: str, phase: Phase, label: str, arguments: Sequence[Any]) -> Any:
         """Runs an operation of a backend; in some steps also by the reference, on copies."""
         if not self.balancing:
-            return getattr(backend, name)(*arguments)
-        self.backends.add(str(getattr(backend, "__name__", type(backend).__name__)).rpartition(".")[2])
-        expected = None
+            return run(*arguments)
         if self._step.kind == "reference":
-            with self.within(Phase.REFERENCE):
-                try:
-                    ms, expected = self._replay.run(name, arguments)
-                    self._step.reference.append((phase, ms))
-                except NotReplayed as reason:
-                    self.notes.add(f"Not compared with the reference: {reason}.")
-                    self.reference = False
-        with self.within(phase, f"{phase.value}: {name}", operation=True):
-            returned = getattr(backend, name)(*arguments)
+            return self._beside_reference(run, name, phase, label, arguments)
+        with _Within(self._step.spans, phase, label, True):
+            return run(*arguments)
+
+    def _beside_reference(
+        self, run: Callable[..., Any], name: str, phase: Phase, label: str, arguments: Sequence[Any]
+    ) -> Any:
+        expected = None
+        with self.within(Phase.REFERENCE):
+            try:
+                ms, expected = self._replay.run(name, arguments)
+                self._step.reference.append((phase, ms))
+            except NotReplayed as reason:
+                self.notes.add(f"Not compared with the reference: {reason}.")
+                self.reference = False
+        with self.within(phase, label, operation=True):
+            returned = run(*arguments)
         if expected is not None:
             with self.within(Phase.REFERENCE):
                 if not agree(name, results(name, arguments, returned), expected):
@@ -307,7 +325,7 @@ class Recorder:
 
     def optimizer_begins(self) -> Span | None:
         """An optimizer's step, or its `zero_grad`."""
-        if threading.get_ident() != self._thread or self.balancing:
+        if threading.get_ident() != self._thread or self.balancing or captures_graph(self.clock.device):
             return None
         return self._step.spans.begin(Phase.OPTIMIZER)
 
@@ -326,7 +344,7 @@ class Recorder:
     @contextmanager
     def around(self) -> Iterator[None]:
         """`Balancer.after_step`, which comes behind the optimizer's step."""
-        if not self._step.spans.open:
+        if not self._step.spans.open or captures_graph(self.clock.device):
             yield
             return
         span = self._step.spans.begin(Phase.SCALES, "loss scales: after_step")

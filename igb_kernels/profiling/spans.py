@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import enum
 import time
-from collections.abc import Iterable
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 
 import torch
 
@@ -70,19 +70,56 @@ class Clock:
         return Moment(time.perf_counter_ns(), event, stream.cuda_stream)
 
 
-@dataclass(slots=True)
 class Span:
-    """What ran from `start` to `end`."""
+    """What ran from `start` to `end`. A leaf is one object: many of them would keep Python's garbage collector busy."""
 
-    phase: Phase
-    name: str
-    start: Moment
-    end: Moment | None = None
-    inner: list[Span] = field(default_factory=list)
-    shared_from: Moment | None = None
-    """Of a backward pass that was watched: when it came to what all tasks share."""
-    operation: bool = False
-    """Whether it is one of the backend's."""
+    __slots__ = (
+        "_host",
+        "_inner",
+        "_start",
+        "_stop",
+        "_stopped",
+        "_stream",
+        "name",
+        "operation",
+        "phase",
+        "shared_from",
+    )
+
+    def __init__(self, phase: Phase, name: str, start: Moment) -> None:
+        self.phase, self.name = phase, name
+        self._host, self._start, self._stream = start.host, start.event, start.stream
+        self._stop = 0
+        self._stopped: Moment | None = None
+        self._inner: list[Span] | None = None
+        self.shared_from: Moment | None = None
+        """Of a backward pass that was watched: when it came to what all tasks share."""
+        self.operation = False
+        """Whether it is one of the backend's."""
+
+    def close(self, end: Moment) -> None:
+        """It ends then."""
+        self._stop, self._stopped = end.host, end if end.event is not None else None
+
+    def add(self, span: Span) -> None:
+        """One that runs inside."""
+        if self._inner is None:
+            self._inner = []
+        self._inner.append(span)
+
+    @property
+    def start(self) -> Moment:
+        return Moment(self._host, self._start, self._stream)
+
+    @property
+    def end(self) -> Moment | None:
+        """None where it is open."""
+        return self._stopped or (Moment(self._stop) if self._stop else None)
+
+    @property
+    def inner(self) -> Sequence[Span]:
+        """Those that ran inside."""
+        return self._inner or ()
 
     def host_ms(self) -> float:
         """Without the spans inside."""
@@ -92,7 +129,7 @@ class Span:
     def device_ms(self) -> float:
         """Without the spans inside that were on the same stream."""
         assert self.end is not None
-        same = [s for s in self.inner if s.start.stream == self.start.stream]
+        same = [s for s in self.inner if s._stream == self._stream]
         return self.start.device_ms_to(self.end) - sum([s.start.device_ms_to(s.end) for s in same if s.end is not None])
 
     def all(self) -> Iterable[Span]:
@@ -117,7 +154,10 @@ class Spans:
         if self.clock.on_gpu:
             torch.cuda.nvtx.range_push(f"igb_kernels: {name or phase.value}")  # type: ignore[no-untyped-call]
         span = Span(phase, name or phase.value, at or self.clock.now())
-        (self.open[-1].inner if self.open else self.outer).append(span)
+        if self.open:
+            self.open[-1].add(span)
+        else:
+            self.outer.append(span)
         self.open.append(span)
         return span
 
@@ -126,7 +166,7 @@ class Spans:
         moment = at or self.clock.now()
         while self.open:
             last = self.open.pop()
-            last.end = moment
+            last.close(moment)
             if self.clock.on_gpu:
                 torch.cuda.nvtx.range_pop()  # type: ignore[no-untyped-call]
             if last is span:
