@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pathlib
+import re
 import shutil
 import subprocess
 import sys
@@ -17,7 +18,7 @@ from igb_kernels import ops
 from igb_kernels.__main__ import main
 from igb_kernels.backends import cpu
 from igb_kernels.doctor import selftest
-from igb_kernels.printing import WIDTH, Section, plain
+from igb_kernels.printing import WIDTH, Section, plain, show
 
 PACKAGE = pathlib.Path(igb.__file__).parent
 CPU = torch.device("cpu")
@@ -144,3 +145,11 @@ def test_plain_tables():
     text = plain([Section("title", ("name", ">number"), [("a", "1"), ("bcd", "22")], ["word " * 40])])
     assert text.splitlines()[:4] == ["title", "  name  number", "  a          1", "  bcd       22"]
     assert max(map(len, text.splitlines())) <= WIDTH
+
+
+def test_tables_by_rich(monkeypatch, capsys):
+    pytest.importorskip("rich")
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    show([Section("title", ("name", ">number"), [("[a]", "1")], ["a note"]), Section("last")])
+    lines = [re.sub(r"\x1b\[[\d;]*m", "", line).rstrip() for line in capsys.readouterr().out.splitlines()]
+    assert lines == ["title", "  name  number", "  [a]        1", "  a note", "", "last"]
