@@ -32,7 +32,7 @@ def uncompiled(function: Callable[P, R]) -> Callable[P, R]:
         if wrapped is None:
             if "torch._dynamo" not in sys.modules:
                 return function(*args, **kwargs)
-            why = "it runs backward passes, which cannot be traced"
+            why = "it runs backward passes, or keeps books on the host, which cannot be traced"
             wrapped = torch.compiler.disable(function, reason=why)  # type: ignore[no-untyped-call]
         return wrapped(*args, **kwargs)
 

@@ -91,8 +91,10 @@ def parameters_of(argument: str, given: Iterable[Tensor] | nn.Module) -> list[Te
             raise ValueError(f"{argument}[{i}], of shape {tuple(p.shape)}, must require grad")
         if p.dtype not in known:
             raise TypeError(f"{argument}[{i}] must have one of the dtypes {known}, found {p.dtype}")
-        if p.device != params[0].device:
-            raise ValueError(f"{argument}[{i}] must be on {params[0].device} like {argument}[0], found {p.device}")
+        if p.is_meta and not params[0].is_meta:
+            raise ValueError(
+                f"{argument}[{i}] must have memory as {argument}[0] on {params[0].device}, found {p.device}"
+            )
         if id(p) in first:
             raise ValueError(f"{argument}[{i}] is the same tensor as {argument}[{first[id(p)]}]")
         first[id(p)] = i

@@ -67,6 +67,9 @@ class Balancer:
         shared: the shared parameters: an iterable of leaf tensors that require grad, or a module. A parameter that is
             frozen gets nothing until it is thawed. Complex ones count as their real and imaginary parts, so inner
             products are Re <g_i, g_j>. Sparse gradients are made dense, except with Equal, which compares none.
+            They may be on several devices, as layers are in model parallelism, and heads on others: gradients are
+            worked on where they are, by a backend of each device, and K×K numbers go to the device of the losses, on
+            which the state is. Between GPUs nothing is waited for. Such steps cannot be captured in CUDA graphs.
         heads: what task-specific parameters get. "scaled": the gradient of their own scaled loss s_k L_k, as the
             papers do. "weighted": that of w_k s_k L_k, as the shared parameters do; needs `task_parameters`.
         task_parameters: the task-specific parameters, for `heads="weighted"`; an iterable or a module.
@@ -82,8 +85,8 @@ class Balancer:
             are known before, being the seeds of the passes; solving and the weighted sum come right after the last
             one. Meanwhile other hooks find `.grad` of parameters whose bucket was taken empty. Models of one bucket
             (2 MB; on a GPU 25 MB), methods that need one pass or single elements, `independent` and `accumulate` work
-            as with "passes". So does, with a word in the log, a model whose gradients come in several pieces
-            (reentrant checkpoints of tied blocks) or on several streams.
+            as with "passes". So does, with a word in the log, a model on several devices, or whose gradients come in
+            several pieces (reentrant checkpoints of tied blocks) or on several streams.
 
     Raises:
         ValueError, TypeError: naming the argument, the rule, and what was found.
@@ -111,9 +114,6 @@ class Balancer:
             raise ValueError(f'task_parameters go with heads="weighted", and with it alone; {given}')
         self.heads = heads
         self.task_parameters = [] if task_parameters is None else parameters_of("task_parameters", task_parameters)
-        if self.task_parameters and self.task_parameters[0].device != self.shared[0].device:
-            devices = self.shared[0].device, self.task_parameters[0].device
-            raise ValueError(f"task_parameters must be on {devices[0]} like shared, found them on {devices[1]}")
         if both := {id(p) for p in self.shared} & {id(p) for p in self.task_parameters}:
             raise ValueError(f"shared and task_parameters must be disjoint, found {len(both)} tensors in both")
         if bank_dtype not in (None, torch.bfloat16):
@@ -121,7 +121,8 @@ class Balancer:
         self.bank_dtype = bank_dtype
         self.backend = backend
         keep_saved_tensors()  # whatever the method: compiled code outlives the balancer
-        resolve(backend, self.shared[0].device.type)  # says now what cannot be had
+        for kind in sorted({p.device.type for p in [*self.shared, *self.task_parameters]}):
+            resolve(backend, kind)  # says now what cannot be had
         if capture not in CAPTURES:
             raise ValueError(f"capture must be one of {tuple(CAPTURES)}, found {capture!r}")
         self.capture = capture
@@ -155,7 +156,7 @@ class Balancer:
 
         Args:
             losses: K scalar tensors in a list, or a dict by task name, or one 1-D tensor (best made by torch.stack);
-                on the device of the shared parameters, not scaled by the scaler. None in a list, a name that a dict
+                on one device, that of the first step, not scaled by the scaler. None in a list, a name that a dict
                 does not have, or a loss that does not require grad is a missing task: the step is one of the others
                 alone, and the state of the missing ones stays as it is.
             scaler: the GradScaler of a training with float16 autocast. The passes are run with its factor, and `.grad`
@@ -190,7 +191,7 @@ class Balancer:
             if self.gradients.crosses:
                 rule = "hold at most two batches" if self._accumulated is None else "stay empty after accumulate()"
             raise ValueError(f"independent must {rule}; found {len(others)}")
-        captured = captures_graph(self.shared[0].device)
+        captured = self._captures_graph()
         if self._accumulated is None:
             self._set_active(tasks.active, tasks, captured)
         if captured:
@@ -241,7 +242,7 @@ class Balancer:
             ValueError, TypeError: as `backward`. Where a pass raises, what has been accumulated is dropped.
         """
         tasks = self._read(losses, "losses")
-        if captures_graph(self.shared[0].device):
+        if self._captures_graph():
             raise RuntimeError("accumulate cannot be captured in a CUDA graph: gradients are kept on the host's side")
         before = self.state_dict() if self._tasks is None else None
         try:
@@ -307,17 +308,19 @@ class Balancer:
     def _read_other(self, batch: Losses, names: tuple[str, ...] | None, argument: str, first: TaskLosses) -> TaskLosses:
         """The losses of an independent batch, checked."""
         tasks = TaskLosses(batch, names, argument, tasks=(first.total, "as losses does"))
-        self._check_device(tasks, argument)
+        if tasks.values.device != first.values.device:
+            raise ValueError(f"{argument} must be on {first.values.device} like losses, found {tasks.values.device}")
         if tasks.active != first.active:
             expected, found = (range(first.total) if t.active is None else t.active for t in (first, tasks))
             raise ValueError(f"{argument} must have the tasks {[*expected]} as losses does, found {[*found]}")
         return tasks
 
     def _check_device(self, tasks: TaskLosses, argument: str) -> None:
-        if tasks.values.device != self.shared[0].device:
-            raise ValueError(
-                f"{argument} must be on {self.shared[0].device} like the shared parameters, found {tasks.values.device}"
-            )
+        found, home = tasks.values.device, self._passes.home
+        known = self._tasks is not None and self._passes.knows_heads
+        if found != home and (known or found.type == "meta"):
+            like = "as in earlier steps" if known else "like the shared parameters"
+            raise ValueError(f"{argument} must be on {home} {like}, found {found}")
 
     def _set_active(self, ids: tuple[int, ...] | None, tasks: TaskLosses, captured: bool) -> None:
         """Tells rule and method which tasks the step has."""
@@ -337,9 +340,16 @@ class Balancer:
 
     @property
     def _run(self) -> Backend:
-        return resolve(self.backend, self.shared[0].device.type)
+        return self._passes.several or resolve(self.backend, self.shared[0].device.type)
+
+    def _captures_graph(self) -> bool:
+        several = self._passes.several
+        return captures_graph(self.shared[0].device) if several is None else several.captured()
 
     def _check_capture(self) -> None:
+        if self._passes.several is not None:
+            devices = ", ".join(map(str, self._passes.several.devices))
+            raise RuntimeError(f"a step on several devices cannot be captured in a CUDA graph: it is on {devices}")
         if self._tasks is None:
             raise RuntimeError("the first step cannot be captured in a CUDA graph: take one before, it makes the state")
         for part in (self.losses, self.gradients):
@@ -347,14 +357,17 @@ class Balancer:
                 raise RuntimeError(f"this step cannot be captured in a CUDA graph: {reason} on the host")
 
     def _start(self, tasks: TaskLosses) -> None:
-        if self._tasks is None:
+        known = self._tasks is not None
+        if not known:
             self._tasks, self._names = tasks.total, self._names or tasks.names
             self.losses.start(self._tasks, tasks.values.device)
-            self.gradients.start(self._tasks, self.shared[0].device)
-            if self.bank_dtype is not None and not self._passes.keeps_gradients():
-                raise ValueError(f"bank_dtype must be None for {self.gradients!r}, which keeps no gradients")
             self._passes.forget_heads()
-        self._passes.find_heads(tasks)
+        if not self._passes.knows_heads:  # also with a state that was loaded: numbers for each task go where it is
+            self.gradients.start(tasks.total, tasks.values.device)
+        if not known and self.bank_dtype is not None and not self._passes.keeps_gradients():
+            raise ValueError(f"bank_dtype must be None for {self.gradients!r}, which keeps no gradients")
+        if self._passes.find_heads(tasks) and known:
+            self.load_state_dict(self.state_dict())  # it was loaded before it was known where losses are
 
     def _at(
         self, representation: Tensor | Sequence[Tensor], tasks: TaskLosses, others: Sequence[TaskLosses]
@@ -397,7 +410,9 @@ class Balancer:
             if at is not None:
                 at.pass_on(retain_graph)
             if factor is not None:
-                of_rest = passes.status_of([*passes.head_params(), *(self.shared if at is not None else ())])
+                of_rest = passes.status_of(
+                    [*passes.head_params(), *(self.shared if at is not None else ())], losses.device
+                )
                 self.gradients.withdraw(of_rest != 0)
                 status = status | of_rest
             if done.stored is not None:
@@ -459,7 +474,8 @@ class Balancer:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restores `state_dict`'s result, from any device; the next step then has the same bits as after the step that
-        was saved. Options stay this balancer's; where the state was of others, that is logged.
+        was saved. Options stay this balancer's; where the state was of others, that is logged. What `accumulate` has
+        gathered is dropped.
 
         Raises:
             ValueError: where the state is of other methods, or of other shared parameters. Nothing is changed then.
@@ -481,13 +497,18 @@ class Balancer:
                 raise ValueError(f"the state's moving averages do not fit the shared parameters: {found}")
         if (saved := state.get("options", self._options())) != self._options():
             warn_once(f"a state of {'+'.join(saved)} was loaded into {'+'.join(self._options())}")
-        state = _copied(state, self.shared[0].device)  # the caller's tensors are not ours to write to
+        rows = [
+            [None if a is None else _copied(a, p.device) for a, p in zip(row, self.shared, strict=True)]
+            for row in state["averages"]
+        ]
+        state = _copied({**state, "averages": []}, self._passes.home)  # the caller's tensors are not ours to write to
         self.losses.load_state_dict(state["losses"])
         self.gradients.load_state_dict(state["gradients"])
         self._tasks = state["tasks"]
         self._names = names or self._given_names
         self._last = None if state.get("last") is None else tuple(state["last"])
-        self._passes.averages = MovingAverages(state["averages"])
+        self._accumulated = None
+        self._passes.averages = MovingAverages(rows)
 
     def _options(self) -> list[str]:
         return [repr(self.losses), repr(self.gradients)]

@@ -17,6 +17,7 @@ from torch.autograd.graph import GradientEdge, Node
 
 from igb_kernels._compile import REMEDY, is_about_donated_buffers
 from igb_kernels._log import warn_once
+from igb_kernels.peel import element_edges
 
 Losses = Sequence[Tensor | None] | Mapping[str, Tensor | None] | Tensor
 
@@ -108,16 +109,15 @@ class TaskLosses:
         elif not losses.requires_grad or losses.grad_fn is None:
             raise ValueError(f"{self._argument} must require grad: they do not depend on any parameter")
         else:
-            node: Node = losses.grad_fn
-            edges = node.next_functions if node.name() == "StackBackward0" else ()
-            if len(edges) == len(losses):
-                # Each stacked scalar starts its own pass; through the stack node, every pass would run all K heads.
-                ids = [k for k, (function, _) in enumerate(edges) if function is not None]
-                self.roots = [GradientEdge(function, output) for function, output in edges if function is not None]
+            edges = element_edges(losses)
+            if edges is not None:
+                # Each element starts its own pass; through the vector, every pass would run all K heads.
+                ids = [k for k, edge in enumerate(edges) if edge is not None]
+                self.roots = [GradientEdge(*edge) for edge in edges if edge is not None]
             else:
                 warn_once(
-                    "losses came as one tensor that torch.stack did not make: every backward pass runs all tasks' "
-                    "heads. A list of scalar losses avoids that"
+                    "losses came as one tensor that is more than scalars put together by torch.stack, torch.cat or "
+                    "losses[k] = loss: every backward pass runs all tasks' heads. A list of scalar losses avoids that"
                 )
                 ids, self._whole = list(range(len(losses))), losses
         self._check_there(ids)

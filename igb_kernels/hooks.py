@@ -46,6 +46,9 @@ class Capture:
             self._take_all(rows, take_grads(self.params))
             yield
 
+    def give_up(self, reason: str) -> None:
+        """From now on, takes gradients after each pass, for this reason."""
+
     @staticmethod
     def _take_all(rows: TaskGradients, grads: Grads) -> None:
         for bucket in rows.buckets:
@@ -118,9 +121,9 @@ class HookedCapture(Capture):
             run()
         for i, grad, version in came:
             if self.params[i].grad is not grad or grad._version != version:
-                self._give_up(f"the gradient of shared[{i}] changes after it has come, {CAUSES}")
+                self.give_up(f"the gradient of shared[{i}] changes after it has come, {CAUSES}")
         if len(streams) > 1:
-            self._give_up(f"the gradients of a pass come on {len(streams)} streams")
+            self.give_up(f"the gradients of a pass come on {len(streams)} streams")
         order = [i for i, _, _ in came]
         of_bucket = {b.start: [i for i in reversed(order) if b.start <= i < b.stop] for b in rows.buckets}
         last = [members[0] for members in of_bucket.values() if members]
@@ -128,7 +131,7 @@ class HookedCapture(Capture):
         came.clear()
         self._take_all(rows, take_grads(self.params))
 
-    def _give_up(self, reason: str) -> None:
+    def give_up(self, reason: str) -> None:
         self._unsafe = True
         warn_once(f'capture="hooks" falls back to "passes": {reason}')
 
@@ -204,7 +207,7 @@ class HookedCapture(Capture):
         """A gradient of which a second piece may have come late."""
         if early is None or late is None:
             return late if early is None else early
-        self._give_up(
+        self.give_up(
             f"the gradient of a shared parameter of shape {tuple(p.shape)} changes after it has come, {CAUSES}"
         )
         return early + late  # not in place: other parameters' gradients may be views of the same memory

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from igb_kernels.backends import Backend, resolve
+from igb_kernels.backends.several import SeveralDevices, several_devices
 from igb_kernels.capture import (
     Backward,
     GradsSetAside,
@@ -89,7 +90,9 @@ class Passes:
         self.method, self.shared, self.heads, self.task_parameters = method, shared, heads, task_parameters
         self.backend, self.bank_dtype, self.capture = backend, bank_dtype, capture
         self.averages = MovingAverages()
-        self._outgoing: list[Grads] | None = [] if shared[0].device.type == "cpu" else None
+        self.several: SeveralDevices | None = None
+        """The backend of a model that is on several devices; known from the first step on."""
+        self._outgoing: list[Grads] | None = [] if all(p.device.type == "cpu" for p in shared) else None
         self._head_leaves: list[Tensor] = []
         self._unreached: set[int] | None = None  # the tasks whose heads are not among them; None: all tasks
         self._backward: Backward = run_backward
@@ -101,23 +104,38 @@ class Passes:
 
     @property
     def _run(self) -> Backend:
-        return resolve(self.backend, self.shared[0].device.type)
+        return self.several or resolve(self.backend, self.shared[0].device.type)
+
+    @property
+    def knows_heads(self) -> bool:
+        """Whether a step has looked for them, and at the devices that everything is on."""
+        return self._unreached is not None
+
+    @property
+    def home(self) -> torch.device:
+        """Where losses and state are, as far as is known before the first step."""
+        return self.shared[0].device if self.several is None else self.several.home
 
     def forget_heads(self) -> None:
         """Before the first step, whichever it is."""
         self._unreached = None
 
-    def find_heads(self, tasks: TaskLosses) -> None:
-        """The task-specific parameters of tasks that have not been there before."""
+    def find_heads(self, tasks: TaskLosses) -> bool:
+        """The task-specific parameters of tasks that have not been there before; whether `home` is another now."""
         if self._unreached is None:
             self._unreached = set(range(tasks.total))
         elif self._unreached.isdisjoint(tasks.ids):
-            return
+            return False
         if self.heads == "scaled":
             known = {id(p) for p in [*self.shared, *self._head_leaves]}
             found, _ = leaves(map(edge_of, tasks.roots))
             self._head_leaves += [p for p in found if isinstance(p, nn.Parameter) and id(p) not in known]
         self._unreached.difference_update(tasks.ids)
+        before = self.home
+        self.several = several_devices(self.backend, tasks.values.device, [*self.shared, *self.head_params()])
+        if self.several is not None:
+            self.capture.give_up(f"parameters and losses are on {len(self.several.devices)} devices")
+        return self.home != before
 
     def head_params(self) -> Sequence[Tensor]:
         """The task-specific parameters, as far as they are known."""
@@ -130,6 +148,7 @@ class Passes:
         if self.heads == "scaled":
             passes._head_leaves = representation.heads
         passes._backward = representation.backward
+        passes.several = self.several or several_devices(self.backend, self.home, representation.params)
         return passes
 
     def run(self, step: Step, others: Sequence[TaskLosses]) -> Outcome:
@@ -260,10 +279,10 @@ class Passes:
         head_rows.write(factor, step.heads.previous)
         return Outcome(weights * factor, status)
 
-    def status_of(self, params: Sequence[Tensor]) -> Tensor:
-        """NON_FINITE where a gradient of these is; a GradScaler skips that step, too."""
+    def status_of(self, params: Sequence[Tensor], device: torch.device) -> Tensor:
+        """NON_FINITE where a gradient of these is, on the losses' device; a GradScaler skips that step, too."""
         if not params:
-            return torch.zeros((), dtype=torch.int32, device=self.shared[0].device)
+            return torch.zeros((), dtype=torch.int32, device=device)
         return _bit_unless_finite(self._sq_norm_in_grad(params))
 
     def _sq_norm_in_grad(self, params: Sequence[Tensor]) -> Tensor:

@@ -29,8 +29,6 @@ class Representation:
                 raise TypeError(f"{label} must be a tensor, found {type(z).__name__}")
             if z.grad_fn is None:
                 raise ValueError(f"{label} must be computed from the shared parameters, found a tensor without graph")
-            if z.device != shared[0].device:
-                raise ValueError(f"{label} must be on {shared[0].device} like shared, found it on {z.device}")
         cut = {edge_of(z) for z in self.tensors}
         if len(cut) < len(self.tensors):
             raise ValueError("representation must hold each tensor once, found one twice")

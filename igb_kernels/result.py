@@ -44,15 +44,12 @@ class BalanceResult:
         """Norms of the scaled gradients [K] (DB-MTL with beta > 0: of their moving averages), or None."""
         if self.measured is None:
             return None
-        return (self.measured.diagonal() if self.measured.dim() == 2 else self.measured).clamp_min(0).sqrt()
+        return norms_of(self.measured.diagonal() if self.measured.dim() == 2 else self.measured)
 
     @property
     def cosines(self) -> Tensor | None:
         """Cosines between the tasks' gradients [K, K], 0 for vanishing ones; None where there is no Gramian."""
-        if self.gram is None or self.norms is None:
-            return None
-        inverse = torch.where(self.norms > 0, 1 / self.norms, 0.0)
-        return self.gram * inverse[:, None] * inverse[None, :]
+        return None if self.gram is None else cosines_of(self.gram)
 
     @property
     def flags(self) -> Status:
@@ -72,3 +69,15 @@ class BalanceResult:
             for k, (loss, scale, weight) in enumerate(rows)
         ]
         return "\n".join([*lines, f"status: {self.flags.name or 'ordinary'}"])
+
+
+def norms_of(squares: Tensor) -> Tensor:
+    """Norms from squared norms, which rounding may have made negative; of any shape."""
+    return squares.clamp_min(0).sqrt()
+
+
+def cosines_of(gram: Tensor) -> Tensor:
+    """Cosines [..., K, K] from Gramians [..., K, K]: 0 where a gradient vanishes."""
+    norms = norms_of(gram.diagonal(dim1=-2, dim2=-1))
+    inverse = torch.where(norms > 0, 1 / norms, 0.0)
+    return gram * inverse[..., :, None] * inverse[..., None, :]

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from igb_kernels.backends import Backend, OptionalTensors, Table, captures_graph
+from igb_kernels.backends.several import SeveralDevices
 from igb_kernels.ops import accumulator_dtype
 from igb_kernels.status import Status
 
@@ -92,7 +93,8 @@ class TaskGradients:
         self._tasks = 0
         self._parts: dict[int, Tensor] = {}
         """What was measured of each bucket, by its first parameter."""
-        on_gpu = len(params) > 0 and params[0].is_cuda
+        # Of several devices, each has its own stream, and all work goes to those on which backward passes end.
+        on_gpu = len(params) > 0 and params[0].is_cuda and not isinstance(backend, SeveralDevices)
         self._home = torch.cuda.current_stream(params[0].device) if on_gpu else None
 
     def add(self, grads: Grads) -> None:
@@ -152,6 +154,8 @@ class TaskGradients:
 
     def _to_home(self, result: Tensor) -> Tensor:
         """A result, whose memory the allocator must not give out before the store's stream is done with it."""
+        if self._home is not None and result.device != self._home.device:  # of rows without tensors
+            return result.to(self._home.device)
         if self._away:
             result.record_stream(self._home)  # type: ignore[arg-type]  # the stub knows no Stream of torch.cuda
         return result
@@ -263,7 +267,7 @@ def apart(buffers: OptionalTensors) -> OptionalTensors:
 
 def _room_for_grad(p: Tensor, buffer: Tensor | None) -> Tensor:
     """A tensor for the parameter's gradient: the buffer, if there is one of its dtype."""
-    dtype = getattr(p, "grad_dtype", None) or p.dtype  # it may be wider than the parameter's
+    dtype = (getattr(p, "grad_dtype", None) if p.is_leaf else None) or p.dtype  # it may be wider than the parameter's
     if p.is_complex() and buffer is not None and not buffer.is_complex():
         buffer = torch.view_as_complex(buffer)  # tables have complex columns as real ones
     return buffer if buffer is not None and buffer.dtype is dtype else torch.empty_like(p, dtype=dtype)
@@ -350,11 +354,12 @@ class KeptGradients(TaskGradients):
 
     def _multiply_rows(self, factors: Tensor) -> None:
         """Row k by factors_k, in place: where not sums of rows are asked for, but what their elements say."""
-        params = len(self.params)
+        params, devices = len(self.params), {p.device for p in self.params}
         for k, factor in enumerate(factors.unbind()):
             present = [row for row in self.rows[k * params : (k + 1) * params] if row is not None]
-            if present:
-                torch._foreach_mul_(present, factor)
+            for device in devices:
+                if own := [row for row in present if len(devices) == 1 or row.device == device]:
+                    torch._foreach_mul_(own, factor.to(device))
 
     def write(self, weights: Tensor, previous: Grads) -> None:
         weights, buffers = self.units.on_rows(weights), self._apart(lambda bucket: self._table(bucket).columns)

@@ -36,4 +36,31 @@ IGB_HD std::int32_t check_update(const Norms& norms, const Norms& lengths, const
   return lcp.vanishes(lcp.v) ? pareto_stationary : 0;
 }
 
+// A method whose weights are the preference plus the multipliers of one or several projections, which
+// Method::add_multipliers adds; it returns a status.
+template <class Method>
+struct ConeProjection {
+  enum Option { reg_eps, option_count };  // 0: the exact projection; else that for G + reg_eps trace(G) I
+  static constexpr bool needs_gram = true;
+  static constexpr bool needs_losses = false;
+  static constexpr double inactive_ratio = 0.0;  // sound for every nonzero norm
+  IGB_HD static constexpr int per_task_size(int tasks) { return tasks; }
+  IGB_HD static constexpr int state_size(int) { return 0; }
+  IGB_HD static constexpr int workspace_size(int tasks) { return Lcp<SerialTeam>::workspace_size(tasks) + tasks; }
+
+  template <class Team>
+  IGB_HD static std::int32_t solve(const Problem& problem, const Norms& norms, double* weights, double* workspace,
+                                   const Team& team) {
+    const int tasks = problem.tasks;
+    for (int i = team.lane(); i < tasks; i += team.width()) weights[i] = preferred(problem, i);
+    team.sync();
+    if (norms.active == 0) return 0;
+
+    const Norms lengths = measure_lengths(problem, norms, problem.options[reg_eps], workspace, team);
+    Lcp<Team> lcp(problem, lengths, workspace + tasks, team);
+    const std::int32_t status = Method::add_multipliers(problem, norms, lengths, lcp, weights, team);
+    return status | check_update(norms, lengths, weights, lcp, tasks, team);
+  }
+};
+
 }  // namespace igb

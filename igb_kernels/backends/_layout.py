@@ -19,7 +19,7 @@ def as_reals(tensors: OptionalTensors, params: int) -> OptionalTensors:
 
     Complex ones are asked for in columns, as one column has one dtype.
     """
-    found = [p for p, t in enumerate(_columns(tensors, params)) if t is not None and t.is_complex()]
+    found = [p for p, t in enumerate(first_of_columns(tensors, params)) if t is not None and t.is_complex()]
     if not found:
         return tensors
     reals = list(tensors)
@@ -40,10 +40,10 @@ class Rows:
     def __init__(self, tensors: OptionalTensors, tasks: int, like: Rows | None = None) -> None:
         """`like` are rows whose layouts these take; by default they are those of the first tensors there are."""
         self.tasks, self.params = tasks, len(tensors) // tasks
-        self.given, self.first = tensors, _columns(tensors, self.params)
+        self.given, self.first = tensors, first_of_columns(tensors, self.params)
         if any([t is not None and t.is_complex() for t in self.first]):
             self.given = tensors = as_reals(tensors, self.params)
-            self.first = _columns(tensors, self.params)
+            self.first = first_of_columns(tensors, self.params)
         contiguous = all([t is None or t.is_contiguous() for t in tensors])
         if like is None:
             self.columns = self.first if contiguous else _dense(self.first)
@@ -70,7 +70,8 @@ class Rows:
                     given.copy_(written)
 
 
-def _columns(tensors: OptionalTensors, params: int) -> list[Tensor | None]:
+def first_of_columns(tensors: OptionalTensors, params: int) -> list[Tensor | None]:
+    """The first tensor of each column that is there."""
     first = list(tensors[:params])
     for p in [p for p, t in enumerate(first) if t is None]:
         first[p] = next((other for other in tensors[p::params] if other is not None), None)

@@ -92,7 +92,7 @@ def ema_(out: Table, state: Table, grads: Table, decay: Tensor, tasks: int, scal
         norms = _doubles(out.device, tasks)
         scratch = _doubles(out.device, native.norm_scratch(out.native))
         native.ema(
-            out.native, state.native, grads.native, decay.data_ptr(), _address(scales), norms.data_ptr(),
+            out.native, _beside(out, state).native, grads.native, decay.data_ptr(), _address(scales), norms.data_ptr(),
             scratch.data_ptr(), _stream(out.device),
         )  # fmt: skip
         out.write_back()
@@ -104,8 +104,9 @@ def accumulate_squares_(out: Table, state: Table, grads: Table, eps: float, task
         excess = _doubles(out.device, tasks)
         scratch = _doubles(out.device, native.norm_scratch(out.native))
         native.accumulate_squares(
-            out.native, state.native, grads.native, eps, excess.data_ptr(), scratch.data_ptr(), _stream(out.device)
-        )
+            out.native, _beside(out, state).native, grads.native, eps, excess.data_ptr(), scratch.data_ptr(),
+            _stream(out.device),
+        )  # fmt: skip
         out.write_back()
     return excess
 
@@ -133,7 +134,7 @@ def sign_drop_(out: Table, grads: Table, counter: Tensor, leak: Tensor | None) -
 def rollback_(out: Table, kept: Table, status: Tensor) -> None:
     with _on(out.device):
         status = status.to(out.device)
-        native.rollback(out.native, kept.native, status.data_ptr(), _stream(out.device))
+        native.rollback(out.native, _beside(out, kept).native, status.data_ptr(), _stream(out.device))
         out.write_back()
 
 
@@ -192,6 +193,11 @@ def _device(rows: Table, like: Table | None) -> torch.device:
     if like is not None:
         return like.device
     return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def _beside(out: Table, table: Table) -> Table:
+    """The table on the device of `out`: without tensors, it may have been made for another."""
+    return table if table.device == out.device else Table(table.tensors, table.tasks, out)
 
 
 def _on(device: torch.device) -> torch.cuda.device:

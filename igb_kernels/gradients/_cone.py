@@ -10,33 +10,19 @@ from torch import Tensor
 from igb_kernels.backends.reference import Problem
 from igb_kernels.gradients._nonnegative import factor, nonnegative, vanishes
 from igb_kernels.gradients._reference import Tasks, measure, unit_diagonal
-from igb_kernels.gradients.base import GradientBalancer, check_number, check_preference
+from igb_kernels.gradients.base import WithPreference, check_number
 from igb_kernels.status import Status
 
 
-class ConeProjection(GradientBalancer):
+class ConeProjection(WithPreference):
     """A method that projects on the cone of the updates that ascend no task."""
 
     def __init__(self, preference: Sequence[float] | Tensor | None = None, *, reg_eps: float = 0.0) -> None:
-        super().__init__()
-        self.preference = check_preference(preference)
+        super().__init__(preference)
         self.reg_eps = check_number("reg_eps", reg_eps, 0)
 
     def options(self) -> dict[str, float]:
         return {"reg_eps": self.reg_eps}
-
-    def per_task(self) -> Tensor | None:
-        return None if self.preference is None else self.of_step(self.preference)
-
-    def start(self, tasks: int, device: torch.device) -> None:
-        """See the base class; ValueError where the preference is not for this number of tasks."""
-        if self.preference is not None:
-            if len(self.preference) != tasks:
-                raise ValueError(
-                    f"preference must hold one number for each task: {tasks}, found {len(self.preference)}"
-                )
-            self.preference = self.preference.to(device)
-        super().start(tasks, device)
 
     def __repr__(self) -> str:
         preference = None if self.preference is None else self.preference.tolist()

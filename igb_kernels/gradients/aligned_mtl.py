@@ -11,13 +11,13 @@ from igb_kernels import ops
 from igb_kernels.backends.reference import Problem
 from igb_kernels.card import Card
 from igb_kernels.gradients._reference import measure, unit_diagonal
-from igb_kernels.gradients.base import GradientBalancer, check_preference
+from igb_kernels.gradients.base import WithPreference
 from igb_kernels.status import Status
 
 SCALES = ("min", "median", "rmse")
 
 
-class AlignedMTL(GradientBalancer):
+class AlignedMTL(WithPreference):
     """w = B p with B = s G^(−1/2) on the range of G (Senushkin et al., CVPR 2023, equations 9 to 12).
 
     The gradients' matrix gets the same singular vectors and equal singular values s, so the gradients do not conflict
@@ -44,24 +44,13 @@ class AlignedMTL(GradientBalancer):
     )
 
     def __init__(self, preference: Sequence[float] | Tensor | None = None, *, scale: str = "min") -> None:
-        super().__init__()
-        self.preference = check_preference(preference)
+        super().__init__(preference)
         if scale not in SCALES:
             raise ValueError(f"scale must be one of {SCALES}, found {scale!r}")
         self.scale = scale
 
     def options(self) -> dict[str, float]:
         return {"scale": float(SCALES.index(self.scale))}
-
-    def per_task(self) -> Tensor | None:
-        return None if self.preference is None else self.of_step(self.preference)
-
-    def start(self, tasks: int, device: torch.device) -> None:
-        super().start(tasks, device)
-        if self.preference is not None:
-            if len(self.preference) != tasks:
-                raise ValueError(f"preference must be {tasks} numbers, one for each task; found {len(self.preference)}")
-            self.preference = self.preference.to(device)
 
     def __repr__(self) -> str:
         preference = "" if self.preference is None else f"preference={self.preference.tolist()}, "

@@ -184,14 +184,33 @@ class GradientBalancer:
         return f"{type(self).__name__}({', '.join(f'{k}={v:g}' for k, v in self.options().items())})"
 
 
-def check_preference(preference: Sequence[float] | Tensor | None) -> Tensor | None:
-    """A preference [K] as float64: finite, not negative, not all 0."""
-    if preference is None:
-        return None
-    values = torch.as_tensor(preference, dtype=torch.float64).detach().clone()
-    if values.dim() != 1 or not bool((values.isfinite() & (values >= 0)).all()) or not bool((values > 0).any()):
-        raise ValueError(f"preference must be K finite numbers, at least 0 and not all 0; found {values.tolist()}")
-    return values
+class WithPreference(GradientBalancer):
+    """A method to which the user can say how much each task counts."""
+
+    def __init__(self, preference: Sequence[float] | Tensor | None = None) -> None:
+        super().__init__()
+        self.preference: Tensor | None = None
+        """float64 [K]: finite, not negative, not all 0; None: the same of all."""
+        if preference is not None:
+            values = torch.as_tensor(preference, dtype=torch.float64).detach().clone()
+            usable = values.dim() == 1 and bool((values.isfinite() & (values >= 0)).all()) and bool((values > 0).any())
+            if not usable:
+                raise ValueError(
+                    f"preference must be K finite numbers, at least 0 and not all 0; found {values.tolist()}"
+                )
+            self.preference = values
+
+    def per_task(self) -> Tensor | None:
+        """See the base class."""
+        return None if self.preference is None else self.of_step(self.preference)
+
+    def start(self, tasks: int, device: torch.device) -> None:
+        """See the base class; ValueError where the preference is not for this number of tasks."""
+        if self.preference is not None:
+            if len(self.preference) != tasks:
+                raise ValueError(f"preference must be {tasks} numbers, one for each task; found {len(self.preference)}")
+            self.preference = self.preference.to(device)
+        super().start(tasks, device)
 
 
 def check_number(name: str, value: float, low: float, high: float = float("inf")) -> float:

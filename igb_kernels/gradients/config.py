@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
@@ -11,11 +9,11 @@ from igb_kernels import ops
 from igb_kernels.backends.reference import Problem
 from igb_kernels.card import Card
 from igb_kernels.gradients._reference import measure, unit_diagonal
-from igb_kernels.gradients.base import GradientBalancer, check_preference
+from igb_kernels.gradients.base import WithPreference
 from igb_kernels.status import Status
 
 
-class ConFIG(GradientBalancer):
+class ConFIG(WithPreference):
     """The direction pinv(U) p of equal angles to all unit gradients U, as long as the gradients' projections on it
     together (Liu et al., 2024, equations 2 to 4).
 
@@ -39,20 +37,6 @@ class ConFIG(GradientBalancer):
         degree=1.0,
         hazards="where gradients depend on each other (more tasks than parameters, say) cosines may differ in sign",
     )
-
-    def __init__(self, preference: Sequence[float] | Tensor | None = None) -> None:
-        super().__init__()
-        self.preference = check_preference(preference)
-
-    def per_task(self) -> Tensor | None:
-        return None if self.preference is None else self.of_step(self.preference)
-
-    def start(self, tasks: int, device: torch.device) -> None:
-        super().start(tasks, device)
-        if self.preference is not None:
-            if len(self.preference) != tasks:
-                raise ValueError(f"preference must be {tasks} numbers, one for each task; found {len(self.preference)}")
-            self.preference = self.preference.to(device)
 
     def __repr__(self) -> str:
         return "ConFIG()" if self.preference is None else f"ConFIG(preference={self.preference.tolist()})"

@@ -15,6 +15,7 @@ from igb_kernels.gradients.base import GradientBalancer
 from igb_kernels.status import Status
 
 NORMALIZATIONS = ("none", "l2", "loss", "loss+")
+APPLIED_TO = ("normalized", "raw")
 
 
 class MGDA(GradientBalancer):
@@ -27,8 +28,9 @@ class MGDA(GradientBalancer):
     Args:
         normalization: what a gradient is divided by before the hull is made: "none"; "l2", its norm; "loss", its loss;
             "loss+", both. The losses are those given to the balancer; one that is not positive makes the step unusable
-            (NON_POSITIVE_LOSS). The update is the shortest vector of the *normalised* gradients, as in LibMTL; Sener &
-            Koltun and IGB4MTL put its weights on the gradients as they were.
+            (NON_POSITIVE_LOSS).
+        apply_to: what the weights are put on. "normalized": the normalised gradients, so that the update is their
+            shortest vector, as in LibMTL; "raw": the gradients as they were, as Sener & Koltun do.
         drop_zero: leaves tasks without gradient out. By default such a task takes all the weight, and one finished
             task stops all others: that is what the shortest vector is.
     """
@@ -46,11 +48,13 @@ class MGDA(GradientBalancer):
         parity="normalization: LibMTL's mgda_gn",
     )
 
-    def __init__(self, normalization: str = "none", *, drop_zero: bool = False) -> None:
+    def __init__(self, normalization: str = "none", *, drop_zero: bool = False, apply_to: str = "normalized") -> None:
         super().__init__()
         if normalization not in NORMALIZATIONS:
             raise ValueError(f"normalization must be one of {NORMALIZATIONS}, found {normalization!r}")
-        self.normalization = normalization
+        if apply_to not in APPLIED_TO:
+            raise ValueError(f"apply_to must be one of {APPLIED_TO}, found {apply_to!r}")
+        self.normalization, self.apply_to = normalization, apply_to
         self.drop_zero = bool(drop_zero)
 
     def options(self) -> dict[str, float]:
@@ -70,10 +74,13 @@ class MGDA(GradientBalancer):
             divisor = divisor * torch.where(usable, losses.double(), torch.nan)
         weights, status = self._solve(measured / divisor[:, None] / divisor[None, :], None, backend)
         not_positive = (losses <= 0).any() & ~usable.all()
-        return weights / divisor, status | not_positive.int() * int(Status.NON_POSITIVE_LOSS)
+        if self.apply_to == "normalized":
+            weights = weights / divisor
+        return weights, status | not_positive.int() * int(Status.NON_POSITIVE_LOSS)
 
     def __repr__(self) -> str:
-        return f"MGDA(normalization={self.normalization!r}, drop_zero={self.drop_zero})"
+        raw = ", apply_to='raw'" if self.apply_to == "raw" else ""
+        return f"MGDA(normalization={self.normalization!r}, drop_zero={self.drop_zero}{raw})"
 
 
 @ops.register_solver("mgda", options={"drop_zero": 0.0}, needs_gram=True)

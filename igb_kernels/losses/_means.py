@@ -75,20 +75,27 @@ class BaseLosses:
         # In place and where the losses are, for the replays of a CUDA graph.
         self._base: Tensor | None = None
         self._means: MeanLosses | None = None
-        self._settled = self._given = given is not None
+        self._settled = self._given = False
         self._fewest = Readback()  # of the tasks' numbers of steps
         if given is not None:
-            self._base = torch.as_tensor(given, dtype=torch.float64).detach().clone()
-            if self._base.dim() != 1 or not bool((self._base > 0).all()) or not bool(self._base.isfinite().all()):
-                raise ValueError(f"base_losses must be K positive finite numbers, found {self._base.tolist()}")
+            self.give(given)
+
+    def give(self, values: Sequence[float] | Tensor) -> None:
+        """From now on the base losses are these K positive numbers, and nothing is measured."""
+        base = torch.as_tensor(values, dtype=torch.float64).detach().clone()
+        if base.dim() != 1 or not bool((base > 0).all()) or not bool(base.isfinite().all()):
+            raise ValueError(f"base_losses must be K positive finite numbers, found {base.tolist()}")
+        if self._base is None:
+            self._base = base
+        else:
+            _check_tasks(base, len(self._base))
+            self._base.copy_(base)
+        self._settled = self._given = True
 
     def start(self, tasks: int, device: torch.device) -> None:
         """Before the first step; on `device` everything is kept."""
         if self._given and self._base is not None:
-            if len(self._base) != tasks:
-                raise ValueError(
-                    f"base_losses must have one number for each of the {tasks} tasks, found {len(self._base)}"
-                )
+            _check_tasks(self._base, tasks)
             self._base = self._base.to(device)
         else:
             self._base = torch.full((tasks,), torch.nan, dtype=torch.float64, device=device)
@@ -145,3 +152,8 @@ class BaseLosses:
         if self._given:
             return f"base_losses={[] if self._base is None else self._base.tolist()}"
         return f"steps={self.steps}" if self.steps is not None else f"base_epoch={self.base_epoch}"
+
+
+def _check_tasks(base: Tensor, tasks: int) -> None:
+    if len(base) != tasks:
+        raise ValueError(f"base_losses must have one number for each of the {tasks} tasks, found {len(base)}")

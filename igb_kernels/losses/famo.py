@@ -46,7 +46,8 @@ class FAMO(LossBalancer):
     Args:
         gamma: weight decay of ξ. The authors' command line has 1e-2, their class for other projects 1e-5.
         lr: learning rate of ξ.
-        lower: a number or K numbers: the losses' lowest reachable values, subtracted first.
+        lower: a number or K numbers: the losses' lowest reachable values, subtracted first. Also an attribute, to be
+            set as training goes on.
     """
 
     name = "famo"
@@ -70,11 +71,27 @@ class FAMO(LossBalancer):
             if not 0 <= value < float("inf"):
                 raise ValueError(f"{name} must be a finite number of at least 0, found {value!r}")
         self.gamma, self.lr = float(gamma), float(lr)
-        self.lower = torch.as_tensor(lower, dtype=torch.float64).detach().clone()
-        if self.lower.dim() > 1 or not bool(self.lower.isfinite().all()):
-            raise ValueError(f"lower must be a finite number or one for each task, found {lower!r}")
-        self._has_lower = bool(self.lower.any())
+        self.lower = lower
         self._untold = False  # the last step's losses after the optimizer's step have not come
+
+    @property
+    def lower(self) -> Tensor:
+        """What is subtracted from the losses, [] or [K], float64."""
+        return self._lower
+
+    @lower.setter
+    def lower(self, value: float | Sequence[float] | Tensor) -> None:
+        lower = torch.as_tensor(value, dtype=torch.float64).detach().clone()
+        if lower.dim() > 1 or not bool(lower.isfinite().all()):
+            raise ValueError(f"lower must be a finite number or one for each task, found {value!r}")
+        if self.state is not None:
+            self._check_lower(lower, self._rows(self.state).shape[1])
+        self._lower, self._has_lower = lower, bool(lower.any())
+
+    @staticmethod
+    def _check_lower(lower: Tensor, tasks: int) -> None:
+        if lower.dim() == 1 and len(lower) != tasks:
+            raise ValueError(f"lower must be one number or {tasks}, one for each task; found {len(lower)}")
 
     @property
     def logits(self) -> Tensor | None:
@@ -90,17 +107,16 @@ class FAMO(LossBalancer):
         return {"gamma": self.gamma, "learning_rate": self.lr}
 
     def start(self, tasks: int, device: torch.device) -> None:
-        if self.lower.dim() == 1 and len(self.lower) != tasks:
-            raise ValueError(f"lower must be one number or {tasks}, one for each task; found {len(self.lower)}")
+        self._check_lower(self._lower, tasks)
         super().start(tasks, device)
 
     def _excess(self, losses: Tensor) -> Tensor:
         """L − lower."""
         if not self._has_lower:
             return losses
-        if self.lower.device != losses.device:
-            self.lower = self.lower.to(losses.device)
-        return losses.double() - (self.of_step(self.lower) if self.lower.dim() == 1 else self.lower)
+        if self._lower.device != losses.device:
+            self._lower = self._lower.to(losses.device)
+        return losses.double() - (self.of_step(self._lower) if self._lower.dim() == 1 else self._lower)
 
     def scales(self, losses: Tensor, backend: Backend) -> tuple[Tensor, Tensor]:
         excess = self._excess(losses)
@@ -158,7 +174,7 @@ class FAMO(LossBalancer):
             self.state.copy_(torch.where(known, learned, self.state))
 
     def __repr__(self) -> str:
-        lower = f", lower={self.lower.tolist()}" if self._has_lower else ""
+        lower = f", lower={self._lower.tolist()}" if self._has_lower else ""
         return f"FAMO(gamma={self.gamma}, lr={self.lr}{lower})"
 
 

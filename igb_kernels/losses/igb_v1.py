@@ -58,8 +58,13 @@ class IGBv1(LossBalancer):
 
     @property
     def base_losses(self) -> Tensor | None:
-        """The base losses [K], float64; NaN until they are known, None before the first step."""
+        """The base losses [K], float64; NaN until they are known, None before the first step. May be set to K positive
+        numbers."""
         return self.base.value()
+
+    @base_losses.setter
+    def base_losses(self, values: Sequence[float] | Tensor) -> None:
+        self.base.give(values)
 
     def start(self, tasks: int, device: torch.device) -> None:
         self.base.start(tasks, device)

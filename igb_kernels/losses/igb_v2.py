@@ -187,9 +187,16 @@ class IGBv2(LossBalancer):
 
     @property
     def base_losses(self) -> Tensor | None:
-        """The base losses [K], float64 on the CPU; NaN until they are known, None before the first step."""
+        """The base losses [K], float64 on the CPU; NaN until they are known, None before the first step. May be set, to
+        K positive numbers."""
         self._settle()
         return self.base.value()
+
+    @base_losses.setter
+    def base_losses(self, values: Sequence[float] | Tensor) -> None:
+        self._settle()
+        self.base.give(values)
+        self._base = None
 
     def start(self, tasks: int, device: torch.device) -> None:
         self.base.start(tasks, torch.device("cpu"))

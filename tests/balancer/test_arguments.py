@@ -48,10 +48,10 @@ BAD_PARAMETERS = {
         TypeError,
         r"shared\[1\] must have one of the dtypes .*, found torch.float8_e5m2",
     ),
-    "on two devices": (
+    "without memory": (
         [ONE, nn.Parameter(torch.zeros(2, device="meta"))],
         ValueError,
-        r"shared\[1\] must be on cpu like shared\[0\], found meta",
+        r"shared\[1\] must have memory as shared\[0\] on cpu, found meta",
     ),
     "no iterable": (3, TypeError, "shared must be .*found int"),
 }
@@ -185,9 +185,11 @@ def test_losses_on_another_device():
     elsewhere = torch.ones(5, device="meta", requires_grad=True)
     with pytest.raises(ValueError, match="losses must be on cpu like the shared parameters, found meta"):
         igb.Balancer("imtl_g", shared=net.shared).backward([elsewhere.sum(), elsewhere.prod()])
-
-
-def test_task_parameters_on_another_device():
-    elsewhere = torch.ones(5, device="meta", requires_grad=True)
-    with pytest.raises(ValueError, match="task_parameters must be on cpu like shared, found them on meta"):
-        igb.Balancer("imtl_g", shared=make_net().shared, heads="weighted", task_parameters=[elsewhere])
+    balancer = igb.Balancer("imtl_g", shared=net.shared)
+    balancer.backward(net.losses())
+    with pytest.raises(ValueError, match="losses must be on cpu as in earlier steps, found meta"):
+        balancer.backward([elsewhere.sum(), elsewhere.prod(), elsewhere.sum()])
+    with pytest.raises(ValueError, match=r"independent\[0\] must be on cpu like losses, found meta"):
+        igb.Balancer("modo", shared=net.shared).backward(
+            net.losses(), independent=[[elsewhere.sum(), elsewhere.prod(), elsewhere.sum()]]
+        )

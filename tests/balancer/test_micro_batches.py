@@ -110,6 +110,16 @@ def test_gradients_that_are_there_stay_until_backward_adds_to_them(name):
     assert all(p.grad is old for p, old in zip(net.parameters(), objects, strict=True))
 
 
+def test_loading_a_state_drops_what_was_accumulated():
+    (net, balancer), (other, fresh) = run_of("nash every 7", "scaled"), run_of("nash every 7", "scaled")
+    state = copy.deepcopy(balancer.state_dict())
+    balancer.accumulate(parts(losses_on(net, [5])))
+    balancer.load_state_dict(state)
+    in_parts(balancer, net, batches_of(0))
+    in_parts(fresh, other, batches_of(0))
+    assert same(grads_of(list(net.parameters())), grads_of(list(other.parameters())))
+
+
 def test_a_decision_for_each_micro_batch_is_another_thing():
     net, other = make_net(dtype=torch.float64), make_net(dtype=torch.float64)
     in_parts(igb.Balancer("imtl_g", shared=net.shared), net, batches_of(0))

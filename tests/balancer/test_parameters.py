@@ -364,7 +364,7 @@ def test_steps_are_those_of_plain_pytorch(situation, method, existing):
     play(SITUATIONS[situation](), method, existing=existing)
 
 
-@pytest.mark.parametrize("situation", ["complex", "complex in channels_last", "sparse embedding"])
+@pytest.mark.parametrize("situation", ["complex", "complex in channels_last", "sparse embedding", "unused by some"])
 @pytest.mark.parametrize("method", METHODS)
 def test_on_the_reference_backend(situation, method):
     play(SITUATIONS[situation](), method, existing=True, backend="reference")

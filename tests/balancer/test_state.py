@@ -266,3 +266,18 @@ def test_a_balancer_can_be_loaded_back_to_before_its_first_step():
     assert same(balancer.backward(net.losses()).weights, first.weights)
     balancer.load_state_dict(fresh)
     assert len(balancer.backward(Net.losses(net)[:2]).weights) == 2
+
+
+@pytest.mark.parametrize(
+    "make", [lambda lower: igb.EMTL(lower=lower), lambda p: igb.UPGrad(preference=p), igb.ConFIG, igb.AlignedMTL]
+)
+def test_numbers_for_each_task_are_checked_after_a_state_was_loaded(make):
+    """As before the first step: solvers take them to be as many as the tasks."""
+    net = make_net()
+    first, second = (igb.Balancer(make([0.5] * tasks), shared=net.shared) for tasks in (TASKS, TASKS + 1))
+    first.backward(net.losses())
+    second.load_state_dict(first.state_dict())
+    before = Snapshot(net.parameters(), second)
+    with pytest.raises(ValueError, match=f"(lower|preference) must .*{TASKS}.*found {TASKS + 1}"):
+        second.backward(net.losses())
+    before.check()

@@ -157,7 +157,7 @@ def test_preference_of_a_balancer(method, backend):
     given = torch.tensor(preference, dtype=torch.float64)
     expected, _ = Variant(method.name).solve(gramian(rows), per_task=given, backend=backend)
     torch.testing.assert_close(result.weights, expected, rtol=1e-12, atol=0)
-    with pytest.raises(ValueError, match="preference must hold one number for each task: 2, found 3"):
+    with pytest.raises(ValueError, match="preference must be 2 numbers, one for each task; found 3"):
         Balancer(method(preference), "none", shared=[parameters], backend=backend).backward(
             linear_losses(parameters, rows[:2], torch.ones(2).double())
         )

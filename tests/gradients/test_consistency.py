@@ -20,9 +20,18 @@ IN_CPP = {"lam": "lambda"}
 """Python's name where it differs: `lambda` is a keyword there."""
 
 
+def source(path):
+    """A header, with those of core that define its structs' bases."""
+    text = (CORE / path).read_text()
+    for base in re.findall(r"struct \w+ : (\w+)", text):
+        (home,) = [header for header in CORE.glob("*.h") if re.search(rf"struct {base}\b", header.read_text())]
+        text += home.read_text()
+    return text
+
+
 def enumerators(path, name):
     """The names and, where they are given, the values of a C++ enum."""
-    (body,) = re.findall(rf"enum (?:class )?{name}\b[^{{]*{{(.*?)}}", (CORE / path).read_text(), flags=re.DOTALL)
+    (body,) = re.findall(rf"enum (?:class )?{name}\b[^{{]*{{(.*?)}}", source(path), flags=re.DOTALL)
     entries = [entry.split("=") for entry in re.sub(r"//[^\n]*", "", body).split(",") if entry.strip()]
     return {entry[0].strip(): entry[1].strip() if len(entry) == 2 else None for entry in entries}
 
@@ -99,7 +108,7 @@ def test_status_bits():
 
 @pytest.mark.parametrize("method", METHODS)
 def test_what_a_method_needs(method):
-    text = (CORE / "solvers" / f"{method}.h").read_text()
+    text = source(f"solvers/{method}.h")
     for need in ("needs_gram", "needs_losses"):
         (in_cpp,) = re.findall(rf"{need} = (true|false)", text)
         assert getattr(ops.SOLVERS[method], need) == (in_cpp == "true")

@@ -140,6 +140,18 @@ def test_normalization(backend, normalization):
     torch.testing.assert_close(rows.T @ result.weights, update, rtol=1e-10, atol=1e-12)
 
 
+@pytest.mark.parametrize("normalization", ["none", "l2", "loss", "loss+"])
+def test_weights_on_raw_gradients(backend, normalization):
+    """They are the shares of the normalised gradients in the hull's shortest vector."""
+    rows, losses = jacobian("spread 1e-2..1e2", 4), torch.tensor([0.1, 3.0, 20.0, 1.0], dtype=torch.float64)
+    divisor = {"none": torch.ones(4).double(), "loss": losses}.get(normalization, rows.norm(dim=1))
+    divisor = divisor * losses if normalization == "loss+" else divisor
+    shares = PLAIN.solve(gramian(rows / divisor[:, None]), backend=backend)[0]
+    update, result = balanced(MGDA(normalization, apply_to="raw"), rows, losses, backend)
+    torch.testing.assert_close(result.weights, shares, rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(update, rows.T @ shares, rtol=1e-10, atol=1e-12)
+
+
 @pytest.mark.parametrize("normalization", ["l2", "loss", "loss+"])
 def test_normalized_tasks_without_gradient_or_loss(backend, normalization):
     rows, losses = jacobian("zero row", 3), torch.tensor([1.0, 2.0, 3.0], dtype=torch.float64)
@@ -154,3 +166,5 @@ def test_normalized_tasks_without_gradient_or_loss(backend, normalization):
 def test_arguments():
     with pytest.raises(ValueError, match="normalization must be one of"):
         MGDA("L2")
+    with pytest.raises(ValueError, match="apply_to must be one of"):
+        MGDA(apply_to="both")

@@ -261,3 +261,19 @@ def test_bad_arguments(arguments, message):
 def test_lower_bounds_for_another_number_of_tasks_are_refused(backend):
     with pytest.raises(ValueError, match="lower must be one number or 2"):
         Training(FAMO(lower=[0.0, 0.0, 0.0]), backend, None).step(LOSSES[0])
+
+
+def test_lower_may_be_set(backend):
+    """The next step's scales are with it, and so is the fall after it."""
+    rules = FAMO(), FAMO(lower=[0.5, 2.0])
+    changed, expected = (Training(rule, backend, None) for rule in rules)
+    rules[0].lower = torch.tensor([0.5, 2.0])
+    for i in range(3):
+        found = [told(training, LOSSES[i], LOSSES[i + 1]) for training in (changed, expected)]
+        assert torch.equal(found[0].scales, found[1].scales)
+    rules[0].lower = 0.0
+    assert not torch.equal(changed.step(LOSSES[3]).scales, expected.step(LOSSES[3]).scales)
+    for wrong in ([0.0, 0.0, 0.0], [torch.nan, 0.0]):
+        with pytest.raises(ValueError, match="lower must be"):
+            rules[0].lower = wrong
+    assert float(rules[0].lower) == 0

@@ -113,3 +113,30 @@ def test_bad_arguments(arguments, message):
 def test_base_losses_for_another_number_of_tasks_are_refused(backend):
     with pytest.raises(ValueError, match=r"base_losses .* 2 tasks, found 3"):
         Training(IGBv1(base_losses=[1.0, 1.0, 1.0]), backend).step(LOSSES[0])
+
+
+@pytest.mark.parametrize("arguments", [{}, {"base_epoch": 0}, {"steps": 3}, {"base_losses": [1.0, 1.0]}])
+@pytest.mark.parametrize("at", [0, 1, 2])
+def test_base_losses_may_be_set(backend, arguments, at):
+    """At any time, also before the first step; nothing is measured after that."""
+    training, base = Training(IGBv1(**arguments), backend), torch.tensor([2.0, 5.0], dtype=torch.float64)
+    for i, losses in enumerate(LOSSES):
+        if i == at:
+            training.rule.base_losses = base
+        result = training.step(losses)
+        if i >= at:
+            assert_scales(result, losses, base)
+        training.balancer.end_epoch()
+    assert training.rule.base_losses.tolist() == [2.0, 5.0]
+    other = Training(IGBv1(**arguments), backend)
+    other.balancer.load_state_dict(training.balancer.state_dict())
+    assert_scales(other.step(LOSSES[0]), LOSSES[0], base)
+
+
+@pytest.mark.parametrize(("values", "message"), [([1.0], "2 tasks, found 1"), ([1.0, -1.0], "positive")])
+def test_base_losses_that_may_not_be_set(backend, values, message):
+    training = Training(IGBv1(base_losses=[2.0, 5.0]), backend)
+    training.step(LOSSES[0])
+    with pytest.raises(ValueError, match=f"base_losses must .*{message}"):
+        training.rule.base_losses = values
+    assert training.rule.base_losses.tolist() == [2.0, 5.0]

@@ -144,6 +144,24 @@ def test_an_exploding_loss_does_not_spoil_the_networks():
         assert all(layer.isfinite().all() for layer in rule._learner.actor.layers)
 
 
+@pytest.mark.parametrize("at", [0, 1, 3])
+def test_base_losses_may_be_set(at):
+    """Transitions begin with them, and all rewards are over the last that were set."""
+    rule, plain = started(2, state="raw"), started(2, state="raw", base_losses=[2.0, 4.0])
+    for i in range(6):
+        if i == at:
+            rule.base_losses = torch.tensor([2.0, 4.0])
+        assert torch.equal(step(rule, losses_of(i)), step(plain, losses_of(i)))
+    found, expected = transitions(rule), transitions(plain)
+    assert len(found["reward"]) == 6 - max(at, 1)
+    for name in ("state", "action", "reward", "next_state"):
+        assert torch.equal(found[name], expected[name][-len(found[name]) :])
+    rule.base_losses = [4.0, 8.0]
+    step(rule, losses_of(6))
+    fall = (losses_of(5) - losses_of(6)) / torch.tensor([4.0, 8.0])
+    assert float(transitions(rule)["reward"][-1]) == pytest.approx(float(fall.min()))
+
+
 def test_steps_per_epoch_are_learned():
     rule = started(2, **BASE, steps_per_epoch=None, update_after=1)
     for i in range(6):

@@ -36,7 +36,8 @@ ALLOWED = {
     "agents": set(),
     "losses": OPERATIONS | {"agents"},
     "gradients": OPERATIONS | {"losses"},  # a method names the loss balancing that is part of it
-    "capture": FOUNDATION,
+    "peel": set(),
+    "capture": FOUNDATION | {"peel"},
     "store": OPERATIONS,
     "hooks": FOUNDATION | {"capture", "store"},
     "representation": {"capture"},
@@ -52,7 +53,8 @@ ALLOWED = {
     "doctor": OPERATIONS | {"_native", "losses", "gradients", "balancer", "printing"},
     "profiling": OPERATIONS | {"losses", "gradients", "capture", "representation", "balancer", "printing"},
     "__main__": {"doctor", "profiling", "printing"},
-    "integrations": OPERATIONS | {"losses", "gradients", "capture", "balancer", "result", "monitor"},
+    "integrations": OPERATIONS
+    | {"losses", "gradients", "capture", "store", "hooks", "passes", "balancer", "result", "monitor"},
 }
 """What each room may import, from the bottom to the top."""
 

@@ -8,32 +8,18 @@
 
 namespace igb {
 
-struct DualProj {
-  enum Option { reg_eps, option_count };  // 0: the exact projection; else that for G + reg_eps trace(G) I
-  static constexpr bool needs_gram = true;
-  static constexpr bool needs_losses = false;
-  static constexpr double inactive_ratio = 0.0;  // sound for every nonzero norm
-  IGB_HD static constexpr int per_task_size(int tasks) { return tasks; }
-  IGB_HD static constexpr int state_size(int) { return 0; }
-  IGB_HD static constexpr int workspace_size(int tasks) { return Lcp<SerialTeam>::workspace_size(tasks) + tasks; }
-
+struct DualProj : ConeProjection<DualProj> {
   template <class Team>
-  IGB_HD static std::int32_t solve(const Problem& problem, const Norms& norms, double* weights, double* workspace,
-                                   const Team& team) {
+  IGB_HD static std::int32_t add_multipliers(const Problem& problem, const Norms& norms, const Norms& lengths,
+                                             Lcp<Team>& lcp, double* weights, const Team& team) {
     const int tasks = problem.tasks;
-    for (int i = team.lane(); i < tasks; i += team.width()) weights[i] = preferred(problem, i);
-    team.sync();
-    if (norms.active == 0) return 0;
-
-    const Norms lengths = measure_lengths(problem, norms, problem.options[reg_eps], workspace, team);
-    Lcp<Team> lcp(problem, lengths, workspace + tasks, team);
     for (int i = team.lane(); i < tasks; i += team.width()) lcp.v[i] = lengths.values[i] / norms.largest * weights[i];
     team.sync();
     const std::int32_t status = lcp.solve();
     for (int i = team.lane(); i < tasks; i += team.width())
       if (norms.is_active(i)) weights[i] += lcp.z[i] * (norms.largest / lengths.values[i]);
     team.sync();
-    return status | check_update(norms, lengths, weights, lcp, tasks, team);
+    return status;
   }
 };
 
