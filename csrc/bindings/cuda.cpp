@@ -80,6 +80,7 @@ void bind_cuda(py::module_ m) {
   m.def("solve", &solve);
   m.def("loss_scales", &loss_scales);
   m.attr("max_tasks") = cuda::kMaxTasks;
+  m.attr("architectures") = IGB_CUDA_ARCHITECTURES;  // as in CMAKE_CUDA_ARCHITECTURES, with commas
 }
 
 }  // namespace igb::bindings

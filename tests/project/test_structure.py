@@ -47,8 +47,12 @@ ALLOWED = {
     "balancer": OPERATIONS
     | {"losses", "gradients", "capture", "store", "hooks", "result", "arguments", "passes", "representation"},
     "methods": {"gradients", "losses"},
-    "__init__": {"ops", "backends", "balancer", "gradients", "losses", "status", "result", "monitor"},
+    "__init__": {"ops", "backends", "balancer", "gradients", "losses", "status", "result", "monitor", "profiling"},
     "monitor": OPERATIONS | {"result"},
+    "printing": set(),
+    "doctor": OPERATIONS | {"_native", "losses", "gradients", "balancer", "printing"},
+    "profiling": OPERATIONS | {"losses", "gradients", "capture", "representation", "balancer", "printing"},
+    "__main__": {"doctor", "profiling", "printing"},
     "integrations": OPERATIONS
     | {"losses", "gradients", "capture", "store", "hooks", "passes", "balancer", "result", "monitor"},
 }

@@ -1,0 +1,89 @@
+"""`python -m igb_kernels`: what runs here and whether it is right, and where the time of a script's steps goes."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from igb_kernels.printing import show
+
+
+def doctor(options: argparse.Namespace) -> int:
+    """Prints what is found; 1 where something is wrong."""
+    from igb_kernels.doctor import diagnose
+
+    found = diagnose()
+    if options.json:
+        print(json.dumps(found.to_dict(), indent=1))
+    else:
+        show(found.sections())
+    return 1 if found.problems else 0
+
+
+def profile(options: argparse.Namespace) -> int:
+    """Runs the script and prints a profile of each balancer; 1 where the script fails or none takes steps."""
+    from igb_kernels.profiling.script import profile_script
+
+    # What the script prints is not JSON.
+    with contextlib.redirect_stdout(sys.stderr) if options.json else contextlib.nullcontext():
+        profiles, right = profile_script(
+            options.script,
+            options.arguments,
+            warmup=options.warmup,
+            steps=options.steps,
+            reference=not options.without_reference,
+            to_end=options.to_end,
+        )
+    if options.trace is not None:
+        for i, found in enumerate(profiles):
+            found.export_chrome_trace(options.trace.with_stem(options.trace.stem + (f"-{i}" if i else "")))
+    if options.json:
+        print(json.dumps([found.to_dict() for found in profiles], indent=1))
+    else:
+        for found in profiles:
+            print()
+            show(found.sections())
+    if not profiles:
+        print(f"{options.script} took no step with an igb_kernels.Balancer", file=sys.stderr)
+    return 0 if right and profiles else 1
+
+
+def parser() -> argparse.ArgumentParser:
+    """Every command is a function of its options that returns the exit code."""
+    whole = argparse.ArgumentParser(prog="python -m igb_kernels", description="Loss and gradient balancing.")
+    commands = whole.add_subparsers(required=True, metavar="command")
+    shared = argparse.ArgumentParser(add_help=False)
+    shared.add_argument("--json", action="store_true", help="print JSON, and nothing else, to the standard output")
+
+    command = commands.add_parser(
+        "doctor", parents=[shared], help="what is installed, which backend each device gets, and a self-test"
+    )
+    command.set_defaults(run=doctor)
+
+    command = commands.add_parser(
+        "profile", parents=[shared], help="run a training script, and show where the steps of its balancers go"
+    )
+    command.add_argument("--steps", type=int, default=20, help="steps to measure (default: %(default)s)")
+    command.add_argument("--warmup", type=int, default=5, help="steps before (default: %(default)s)")
+    command.add_argument("--without-reference", action="store_true", help="do not run the reference backend beside")
+    command.add_argument("--to-end", action="store_true", help="do not stop the script when all is measured")
+    command.add_argument("--trace", type=Path, metavar="PATH", help="where to write a chrome trace")
+    command.add_argument("script", type=Path)
+    command.add_argument("arguments", nargs=argparse.REMAINDER, help="the script's own arguments")
+    command.set_defaults(run=profile)
+    return whole
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Returns the exit code."""
+    options = parser().parse_args(arguments)
+    result: int = options.run(options)
+    return result
+
+
+if __name__ == "__main__":
+    sys.exit(main())
