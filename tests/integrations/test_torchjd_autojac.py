@@ -157,6 +157,25 @@ def test_given_parameters_get_something_and_others_nothing():
     assert found[0].heads[1].weight.grad is None
 
 
+def test_no_shared_parameters():
+    own, theirs, x = twins()
+    for library, model in ((ours, own), (autojac, theirs)):
+        features, losses = model(x)
+        library.mtl_backward(losses, features, shared_params=[])
+    assert_same(own, theirs)
+
+
+def test_rows_of_another_dtype_are_aggregated_as_a_matrix():
+    found = []
+    for library, aggregator in ((ours, ours.IMTLG()), (autojac, aggregation.IMTLG())):
+        parameter = torch.zeros(4, requires_grad=True)
+        parameter.jac = torch.randn(3, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+        library.jac_to_grad([parameter], aggregator)
+        found.append(parameter.grad)
+    assert found[0].dtype is torch.float32
+    assert torch.allclose(*found, rtol=1e-5)
+
+
 @pytest.mark.parametrize("chunk_size", [1, None])
 def test_what_is_there_is_added_to(chunk_size):
     """`.jac` of a second batch, `.grad` of a second update, and the heads'."""

@@ -115,6 +115,8 @@ class Seeds:
 
 def _jacobians(seeds: Seeds, inputs: Sequence[Tensor], retain_graph: bool, chunk_size: int | None) -> list[Jacobian]:
     """Of the seeds' roots with respect to each input."""
+    if not inputs:
+        return []
     if chunk_size is None:
         size = seeds.number * sum([t.nbytes for t in inputs])
         chunk_size = seeds.number if size <= BATCHED_BYTES else 1
@@ -327,10 +329,7 @@ def jac_to_grad(
     """
     targets = list(tensors)
     jacobians = _jacobians_of(targets)
-    rowwise = len(jacobians[0]) <= MAX_TASKS and all(
-        j.dtype is t.dtype and t.dtype in DTYPES + COMPLEX_DTYPES for j, t in zip(jacobians, targets, strict=True)
-    )
-    aggregate = aggregate_of(aggregator) if rowwise else None
+    aggregate = aggregate_of(aggregator) if _are_rows(targets, jacobians) else None
     if optimize_gramian_computation and not (aggregate and isinstance(aggregator, GramianWeightedAggregator)):
         raise ValueError(
             "optimize_gramian_computation must be False for an aggregator that does not go by the Gramian, or has "
@@ -338,7 +337,8 @@ def jac_to_grad(
         )
     if aggregate is None:
         warn_once(
-            f"{type(aggregator).__name__}, or a hook on it, takes the Jacobian as one matrix: the rows are copied"
+            f"jac_to_grad copies rows into one matrix for {type(aggregator).__name__}: it, or a hook on it, takes a "
+            f"matrix; or there are more than {MAX_TASKS} rows, or they have another dtype than their tensor"
         )
         weights: Tensor | None = autojac.jac_to_grad(targets, aggregator, retain_jac=retain_jac)
         return weights
@@ -480,6 +480,12 @@ def _own_memory(params: Sequence[Tensor], found: Sequence[Tensor | None], start:
         return torch.empty_like(p, dtype=g.dtype).copy_(g)
 
     return [owned(p, g, o is not None) for p, g, o in zip(params, found, own, strict=False)]
+
+
+def _are_rows(tensors: Sequence[Tensor], jacobians: Sequence[Jacobian]) -> bool:
+    """Whether the kernels take the Jacobians' rows for the tensors' gradients."""
+    known = all([j.dtype is t.dtype in DTYPES + COMPLEX_DTYPES for t, j in zip(tensors, jacobians, strict=True)])
+    return known and 1 <= len(jacobians[0]) <= MAX_TASKS
 
 
 def _jacobians_of(tensors: Sequence[Tensor]) -> list[Jacobian]:

@@ -15,6 +15,7 @@ from igb_kernels import ops
 from igb_kernels._log import warn_once
 from igb_kernels.backends import resolve
 from igb_kernels.gradients import GradientBalancer, NashMTL
+from igb_kernels.gradients._visits import STATE_COUNT
 from igb_kernels.gradients.aligned_mtl import SCALES
 from igb_kernels.gradients.base import Needs, check_number
 
@@ -235,6 +236,9 @@ class PCGradWeighting(SolvedWeighting, aggregation.PCGradWeighting):
     """The weights of `PCGrad`."""
 
     solver = "pcgrad"
+
+    def solver_state(self, tasks: int, device: torch.device) -> Tensor:
+        return torch.zeros(STATE_COUNT, dtype=torch.float64, device=device)  # of the solver's own orders, not used here
 
     def per_task(self, tasks: int, device: torch.device) -> Tensor:
         return _visits([torch.randperm(tasks) for _ in range(tasks)], device)

@@ -1,0 +1,62 @@
+"""A training step of other libraries' users, before and after the change that gives them the fast backend."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import ModuleType, SimpleNamespace
+
+import pytest
+import torch
+from torch import Tensor
+
+from benchmarks.models import MODELS, Task
+
+ROUNDS = {"mlp-33k": 200, "mlp-5.8m": 10, "cnn-4.7m": 8}
+
+# ---- TorchJD --------------------------------------------------------------------------------------------------------
+
+TORCHJD_METHODS: dict[str, Callable[[ModuleType | SimpleNamespace, int], torch.nn.Module]] = {
+    "UPGrad": lambda library, tasks: library.UPGrad(),
+    "IMTLG": lambda library, tasks: library.IMTLG(),
+    "NashMTL": lambda library, tasks: library.NashMTL(tasks),
+}
+
+
+def torchjd_step(library: ModuleType | SimpleNamespace, task: Task, aggregator: torch.nn.Module) -> None:
+    """Forward and backward, as TorchJD documents it."""
+    features = task.encoder(task.batch)
+    losses = [(head(features) - 1).square().mean() for head in task.heads]
+    library.mtl_backward(losses, features)
+    library.jac_to_grad(task.shared, aggregator)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")  # cvxpy's
+@pytest.mark.parametrize("tasks", [3, 8, 11])
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("method", TORCHJD_METHODS)
+def test_torchjd(compare, device, method: str, model: str, tasks: int) -> None:
+    aggregation = pytest.importorskip("torchjd.aggregation")
+    from torchjd import autojac
+
+    from igb_kernels.integrations import torchjd as ours
+
+    theirs = SimpleNamespace(**{**vars(aggregation), **vars(autojac)})
+    torch.manual_seed(0)
+    task = MODELS[model](tasks).to(device)
+
+    def step_of(library: ModuleType | SimpleNamespace) -> Callable[[], None]:
+        aggregator = TORCHJD_METHODS[method](library, tasks)
+        return lambda: torchjd_step(library, task, aggregator)
+
+    def setup() -> tuple[()]:
+        task.zero_grad()
+        return ()
+
+    def update_of(step: Callable[[], None]) -> Tensor:
+        step(*setup())
+        return torch.cat([p.grad.flatten() for p in task.shared])
+
+    after, before = step_of(ours), step_of(theirs)
+    agreement = torch.nn.functional.cosine_similarity(update_of(after), update_of(before), dim=0)
+    assert float(agreement) > 1 - 1e-2, "a speed is worth nothing where the results disagree"
+    compare(after, {"torchjd": before}, {}, rounds=ROUNDS[model], setup=setup)
