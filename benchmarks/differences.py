@@ -13,6 +13,8 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
+from benchmarks import peers
+
 RATIOS = (1.0, 1e2, 1e4)
 TASKS, PARAMETERS, SEEDS = 5, 40, range(4)
 C, ALPHA = 0.4, 2.0
@@ -129,7 +131,53 @@ def torchjd() -> Mapping[str, Pair]:
     return {name: (weights_of(integration, name), weights_of(aggregation, name)) for name in RESIDUALS}
 
 
-LIBRARIES: dict[str, Callable[[], Mapping[str, Pair]]] = {"torchjd": torchjd}
+LIBMTL: dict[str, tuple[str, str, dict[str, object]]] = {
+    "UPGrad": ("UPGrad", "upgrad", {"UPGrad_norm_eps": 1e-4, "UPGrad_reg_eps": 1e-4}),
+    "MGDA": ("MGDA", "mgda", {"mgda_gn": "none"}),
+    "CAGrad": ("CAGrad", "cagrad", {"calpha": C, "rescale": 0}),
+    "IMTLG": ("IMTL", "imtl_g", {}),
+    "NashMTL": ("Nash_MTL", "nash_mtl", {"update_weights_every": 1, "optim_niter": 20, "max_norm": 0.0}),
+    "FairGrad": ("FairGrad", "fairgrad", {"FairGrad_alpha": ALPHA}),
+}
+"""LibMTL's name, ours, and LibMTL's arguments. Its Aligned_MTL calls a function that PyTorch no longer has."""
+
+
+def libmtl() -> Mapping[str, Pair]:
+    """LibMTL's weightings and this package's methods, on losses whose gradients are the rows."""
+    theirs, architecture = vars(peers.libmtl("weighting")), peers.libmtl("architecture").HPS
+    from igb_kernels.integrations import libmtl as integration
+
+    class Shared(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.parameter = torch.nn.Parameter(torch.zeros(PARAMETERS))
+
+    def weights_of(weighting: type, arguments: Mapping[str, object]) -> WeightsOf:
+        def weights(rows: Tensor) -> Tensor:
+            names = [str(k) for k in range(TASKS)]
+            model = type("Model", (architecture, weighting), {})(
+                names, Shared, torch.nn.ModuleDict(), False, False, torch.device("cpu")
+            )
+            model.init_param()
+            losses, parameter = torch.zeros(TASKS), model.encoder.parameter
+            parameter.grad = torch.zeros_like(parameter)
+            for k, row in enumerate(rows):
+                losses[k] = row @ parameter + 1
+            model.zero_grad_share_params = lambda: parameter.grad.zero_()  # LibMTL 1.1.5 relies on zeros, not None
+            model.backward(losses, **arguments)
+            return torch.linalg.lstsq(rows.double().T, parameter.grad.double()).solution
+
+        return weights
+
+    found = {}
+    for name, (there, here, arguments) in LIBMTL.items():
+        if there in theirs and (there != "CAGrad" or "Nash_MTL" in theirs):  # that of LibMTL 1.1.5 is for three tasks
+            ours = {} if name == "UPGrad" else arguments  # exact by default
+            found[name] = weights_of(integration.weighting(here), ours), weights_of(theirs[there], arguments)
+    return found
+
+
+LIBRARIES: dict[str, Callable[[], Mapping[str, Pair]]] = {"torchjd": torchjd, "LibMTL": libmtl}
 """By the name under which it is imported, the methods that both have."""
 
 

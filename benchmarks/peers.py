@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import os
+import pathlib
 import sys
 import types
 from collections.abc import Callable
@@ -52,7 +54,7 @@ def _torchjd(name: str, gram: Tensor) -> Solve:
 
 LIBMTL = {
     "cagrad": ("CAGrad", {"calpha": 0.5, "rescale": 1}),
-    "gradvac": ("GradVac", {"beta": 0.5}),
+    "gradvac": ("GradVac", {"beta": 0.5, "GradVac_beta": 0.5, "GradVac_group_type": 0}),
     "imtl_g": ("IMTL", {}),
     "mgda": ("MGDA", {"mgda_gn": "none"}),
     "pcgrad": ("PCGrad", {}),
@@ -64,7 +66,7 @@ def _libmtl(peer: tuple[str, dict[str, object]], gram: Tensor, losses: Tensor) -
     name, arguments = peer
     rows = _rows_with(gram).float()
 
-    class Given(getattr(_libmtl_weighting(), name)):
+    class Given(getattr(libmtl("weighting"), name)):
         rep_grad, task_num, device = False, len(rows), torch.device("cpu")
 
         def _compute_grad_dim(self) -> None: ...
@@ -84,11 +86,14 @@ def _libmtl(peer: tuple[str, dict[str, object]], gram: Tensor, losses: Tensor) -
     return partial(weighting.backward, losses.float(), **arguments)
 
 
-def _libmtl_weighting() -> types.ModuleType:
-    """Its package imports models that need an older torchvision; the weightings need none of them."""
+def libmtl(part: str) -> types.ModuleType:
+    """A part of LibMTL, of its checkout in the folder IGB_PEERS or else of the installed one. As a whole, it imports
+    models that need an older torchvision; its weightings and architectures need none of them."""
     if "LibMTL" not in sys.modules:
+        if peers := os.environ.get("IGB_PEERS"):
+            sys.path.insert(0, str(pathlib.Path(peers) / "median-research-group+LibMTL"))
         sys.modules["LibMTL"] = importlib.util.module_from_spec(importlib.util.find_spec("LibMTL"))
-    return importlib.import_module("LibMTL.weighting")
+    return importlib.import_module(f"LibMTL.{part}")
 
 
 def _rows_with(gram: Tensor) -> Tensor:

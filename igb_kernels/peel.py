@@ -101,12 +101,13 @@ def _of_assigned(copy: Node, shape: Shape) -> Edges:
     found: dict[int, Edge | None] = {}
     function: Node | None = copy
     output = 0
+    probe = _Probe(shape)
     while function is not None and function.name().endswith("CopySlices"):
         before, *sources = function.next_functions
         source = sources[0] if sources else (None, 0)
         if len(sources) > 1:
             raise _NotUnderstoodError
-        elements = _assigned_by(function, shape, source[0] is not None)
+        elements = probe.assigned_by(function, source[0] is not None)
         edges = [None] * len(elements) if source[0] is None else _edges_of(*source)
         if len(edges) != len(elements):
             raise _NotUnderstoodError
@@ -128,64 +129,78 @@ _ARRANGING: Mapping[str, Callable[[Node, Shape], Edges]] = {
 }
 
 
-def _assigned_by(copy: Node, shape: Shape, has_source: bool) -> Sequence[int]:
-    """The elements, counted row by row, to which a CopySlices node has copied its source.
+class _Probe:
+    """Finds the elements to which CopySlices nodes have copied their sources, for a tensor of this shape.
 
-    No attribute tells. So the node is run on a gradient without numbers that notes what is done with it: it has copied
-    where that is to pass what came for some elements to the source, and what came for the others to the tensor before.
+    No attribute tells. So a node is run on a gradient without numbers that takes note of what is done with it: the node
+    has copied where that is to pass what came for some elements to the source, and what came for the others to the
+    tensor before.
     """
-    parts: list[Part] = []
-    gradient = _Noted(shape, "gradient", parts)
-    with torch.no_grad():
-        passed = copy(gradient)  # type: ignore[operator]
-    before, *sources = passed if isinstance(passed, tuple) else (passed,)
-    if len(parts) != 1 or parts[0][1].shape != shape:
-        raise _NotUnderstoodError
-    part, whole, (size, stride, offset) = parts[0]
-    if before is not None and (before is not whole or (whole.content, part.content) != ("gradient", "zeros")):
-        raise _NotUnderstoodError
-    if has_source and (getattr(sources[0], "content", None) != "gradient" or sources[0].shape != part.shape):
-        raise _NotUnderstoodError
-    return torch.arange(prod(shape)).as_strided(size, stride, offset).flatten().tolist() if size else [offset]
+
+    def __init__(self, shape: Shape) -> None:
+        self._shape = shape
+        self._parts: list[tuple[_Noted, Place]] = []
+
+    def assigned_by(self, copy: Node, has_source: bool) -> Sequence[int]:
+        """The elements, counted row by row."""
+        gradient = _Noted(self._shape, self)
+        with torch.no_grad():
+            passed = copy(gradient)  # type: ignore[operator]
+        before, *sources = passed if isinstance(passed, tuple) else (passed,)
+        parts, self._parts = self._parts, []
+        if len(parts) != 1:
+            raise _NotUnderstoodError
+        part, (size, stride, offset) = parts[0]
+        if before is not None and (before is not gradient or gradient.is_zero or not part.is_zero):
+            raise _NotUnderstoodError
+        if has_source and getattr(sources[0], "is_zero", True):
+            raise _NotUnderstoodError
+        if not size:
+            return [offset]
+        return torch.arange(prod(self._shape)).as_strided(size, stride, offset).flatten().tolist()
+
+    def note(self, operation: Any, noted: _Noted, *arguments: Any) -> _Noted:
+        """What an operation on one of its tensors gives; _NotUnderstoodError unless it only passes elements on."""
+        if operation is aten.copy_.default and isinstance(arguments[0], _Noted):
+            noted.is_zero = arguments[0].is_zero
+        elif operation is aten.as_strided.default and tuple(noted.shape) == self._shape:
+            noted = _Noted(arguments[0], self, noted.is_zero)
+            self._parts.append((noted, arguments))
+        elif operation is aten.zeros_like.default:
+            noted = _Noted(noted.shape, self, is_zero=True)
+        elif operation is aten.clone.default:
+            noted = _Noted(noted.shape, self, noted.is_zero)
+        elif operation is aten.new_empty_strided.default and _is_contiguous(*arguments):
+            if self._parts or tuple(arguments[0]) != self._shape:  # else it is to be a copy, and no better
+                raise _NotUnderstoodError
+        elif operation is not aten._to_copy.default:
+            raise _NotUnderstoodError
+        return noted
 
 
-Part = tuple["_Noted", "_Noted", tuple[Sequence[int], Sequence[int], int]]
-"""A part, the whole, and the part's sizes, strides and offset there."""
+Place = tuple[Sequence[int], Sequence[int], int]
+"""Of a part: its sizes, strides and offset in the whole."""
 
 
 class _Noted(Tensor):
-    """A tensor without numbers that knows whether it holds a gradient or zeros, and takes note of parts."""
+    """A tensor without numbers that holds zeros or (a part of) a gradient, and tells a probe what is done with it."""
 
-    content: str
-    parts: list[Part]
-    """Of all that came from the same gradient."""
+    probe: _Probe
+    is_zero: bool
 
     @staticmethod
-    def __new__(cls, shape: Sequence[int], content: str, parts: list[Part]) -> _Noted:
+    def __new__(cls, shape: Sequence[int], probe: _Probe, is_zero: bool = False) -> _Noted:
         noted: _Noted = Tensor._make_wrapper_subclass(cls, shape, device=torch.device("meta"))
-        noted.content, noted.parts = content, parts
+        noted.probe, noted.is_zero = probe, is_zero
         return noted
 
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]
-        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+        cls, operation: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> _Noted:
         noted: _Noted = args[0]
-        if func is aten.copy_.default and isinstance(args[1], _Noted):
-            noted.content = args[1].content
-            return noted
-        if func is aten.new_empty_strided.default and _is_contiguous(*args[1:3]):
-            return _Noted(args[1], "nothing", noted.parts)
-        if func is aten.as_strided.default:
-            part = _Noted(args[1], noted.content, noted.parts)
-            noted.parts.append((part, noted, args[1:4]))
-            return part
-        if func is aten.zeros_like.default:
-            return _Noted(noted.shape, "zeros", noted.parts)
-        if func in (aten.clone.default, aten._to_copy.default):
-            return _Noted(noted.shape, noted.content, noted.parts)
-        raise _NotUnderstoodError
+        return noted.probe.note(operation, *args)
 
 
 def _is_contiguous(size: Sequence[int], stride: Sequence[int]) -> bool:
-    return all(step == prod(size[i + 1 :]) for i, step in enumerate(stride))
+    return all([step == prod(size[i + 1 :]) for i, step in enumerate(stride)])

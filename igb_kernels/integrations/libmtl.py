@@ -45,7 +45,7 @@ LIBMTL: dict[str, tuple[str, dict[str, object]]] = {
     "CAGrad": ("cagrad", {"rescale": 1}),
     "PCGrad": ("pcgrad", {"visit_self": True, "eps": 1e-8}),
     "GradVac": ("gradvac", {"eps": 1e-8}),
-    "GradDrop": ("grad_drop", {}),
+    "GradDrop": ("grad_drop", {"leak": 0.0}),
     "GradNorm": ("grad_norm", {}),
     "Nash_MTL": ("nash_mtl", {}),
     "MoCo": ("moco", {"parity": "libmtl"}),

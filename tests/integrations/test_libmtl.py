@@ -375,6 +375,17 @@ def test_command_lines():
         prepare_args(parser.parse_args(["--weighting", "igb"]))
 
 
+@pytest.mark.parametrize("name", [name for name in libmtl.LIBMTL if name in THEIRS])
+def test_defaults_are_those_of_libmtls_command_line(name):
+    kwargs, _, _ = LibMTL.config.prepare_args(LibMTL.config.LibMTL_args.parse_args(["--weighting", name]))
+    made = []
+    for weight_args in ({}, kwargs["weight_args"]):
+        model = model_of(libmtl.weighting(name))
+        model.backward(losses_of(model), **weight_args)
+        made.append(repr(model.balancer))
+    assert made[0] == made[1]
+
+
 def test_some_in_place_of_theirs():
     known = libmtl.install(replace=["MGDA"])
     assert LibMTL.weighting.MGDA is known["MGDA"]
