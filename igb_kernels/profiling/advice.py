@@ -103,8 +103,11 @@ def _balancing(figures: Figures) -> str:
         )
         if figures.compared <= 4 * figures.copy_ms:
             return f"{said}: near what memory allows. A larger batch makes its share smaller."
-    parts = max(BALANCING, key=lambda phase: figures.shares[phase])
-    return f"{said}. The largest part is: {parts.value}."
+    largest = max(BALANCING, key=lambda phase: figures.shares[phase])
+    said += f". The largest part is: {largest.value}"
+    if largest in (Phase.BALANCER, Phase.CAPTURE):
+        return f"{said}, the host's own time, which does not grow with the batch or the layers' sizes."
+    return f"{said}."
 
 
 def _rest(figures: Figures) -> str:

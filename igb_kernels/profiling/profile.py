@@ -285,7 +285,7 @@ class profile:
         if (peak := self.peak_bytes) is not None:
             row = self._recorded.row_bytes
             notes.append(
-                f"Peak memory of a step, beyond what is held before: {peak / 1e6:.1f} MB"
+                f"Peak memory of a step, beyond what is held before: {peak / 1e6:.3g} MB"
                 + (f", {peak / row:.1f} times one task's gradients." if row else ".")
             )
         return Section(title, columns, rows, notes)
