@@ -101,7 +101,8 @@ def test_the_readme_has_examples():
 
 
 @pytest.mark.parametrize("at", BLOCKS)
-def test_the_readme_runs(at):
+def test_the_readme_runs(at, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # it may write files
     torch.manual_seed(0)
     with contextlib.redirect_stdout(io.StringIO()):
         exec(compile(BLOCKS[at], str(README), "exec"), {"__name__": "__main__"})
