@@ -1,14 +1,17 @@
 """Whose weights solve the method's own problem: ours, or those of another library.
 
-`python -m benchmarks.differences` prints for each library that is installed a table of residuals: how far the weights
-are from what defines the method, on Jacobians whose rows differ in length by 1, 100 and 10,000. 0 is exact.
+`python -m benchmarks.differences` prints for each library that is here (nash-mtl: as AvivNavon+nash-mtl in the folder
+that IGB_PEERS names) a table of residuals: how far the weights are from what defines the method, on Jacobians whose
+rows differ in length by 1, 100 and 10,000. 0 is exact.
 """
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import warnings
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -177,8 +180,48 @@ def libmtl() -> Mapping[str, Pair]:
     return found
 
 
-LIBRARIES: dict[str, Callable[[], Mapping[str, Pair]]] = {"torchjd": torchjd, "LibMTL": libmtl}
-"""By the name under which it is imported, the methods that both have."""
+def nash_mtl() -> Mapping[str, Pair]:
+    """nash-mtl's methods, and those of the same name here."""
+    from igb_kernels.integrations import nash_mtl as integration
+
+    folder = peers.checkout(NASH_MTL)
+    assert folder is not None, "there is one"
+    with peers.importing_from(folder):
+        original = importlib.import_module("methods.weight_methods")
+
+    def weights_of(library: Any, name: str) -> WeightsOf:
+        def weights(rows: Tensor) -> Tensor:
+            x = torch.zeros(PARAMETERS, requires_grad=True)
+            options = {"c": C} if name == "cagrad" else {}
+            method = library.WeightMethods(name, n_tasks=TASKS, device=x.device, **options)
+            _, outputs = method.backward(losses=rows @ x, shared_parameters=[x])
+            found: Tensor
+            if name == "cagrad":  # which tells none
+                found = torch.linalg.lstsq(rows.double().T, x.grad.double()).solution
+                return (1 + C**2) / TASKS * found
+            found = torch.as_tensor(outputs["weights"]).detach()
+            return found / TASKS if name == "mgda" else found
+
+        return weights
+
+    names = {"MGDA": "mgda", "CAGrad": "cagrad", "IMTLG": "imtl", "NashMTL": "nashmtl"}
+    return {name: (weights_of(integration, theirs), weights_of(original, theirs)) for name, theirs in names.items()}
+
+
+NASH_MTL = "AvivNavon/nash-mtl"
+LIBRARIES: dict[str, Callable[[], Mapping[str, Pair]]] = {
+    "torchjd": torchjd,
+    "LibMTL": libmtl,
+    "nash-mtl": nash_mtl,
+}
+"""The methods that both have."""
+
+
+def is_here(library: str) -> bool:
+    """Whether the library can be run."""
+    if library == "nash-mtl":
+        return peers.checkout(NASH_MTL) is not None and all(map(importlib.util.find_spec, ("cvxpy", "ecos", "scipy")))
+    return importlib.util.find_spec(library) is not None
 
 
 def table(library: str) -> str:
@@ -195,7 +238,7 @@ def main() -> None:
     """Prints all tables that can be made here."""
     print(f"residuals of weights, {TASKS} tasks, float32 rows whose lengths differ by up to the ratio\n")
     for library in LIBRARIES:
-        if importlib.util.find_spec(library) is None:
+        if not is_here(library):
             print(f"{library}: not installed\n")
             continue
         with warnings.catch_warnings():

@@ -1,15 +1,17 @@
-"""The K×K problem as TorchJD and LibMTL solve it, where they are installed, as `make bench` does."""
+"""Other libraries: the K×K problem as TorchJD and LibMTL solve it, where they are installed, as `make bench` does; and
+checkouts of those that are no packages."""
 
 from __future__ import annotations
 
 import importlib
 import importlib.util
 import os
-import pathlib
 import sys
-import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
+from pathlib import Path
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -86,12 +88,12 @@ def _libmtl(peer: tuple[str, dict[str, object]], gram: Tensor, losses: Tensor) -
     return partial(weighting.backward, losses.float(), **arguments)
 
 
-def libmtl(part: str) -> types.ModuleType:
+def libmtl(part: str) -> ModuleType:
     """A part of LibMTL, of its checkout in the folder IGB_PEERS or else of the installed one. As a whole, it imports
     models that need an older torchvision; its weightings and architectures need none of them."""
     if "LibMTL" not in sys.modules:
         if peers := os.environ.get("IGB_PEERS"):
-            sys.path.insert(0, str(pathlib.Path(peers) / "median-research-group+LibMTL"))
+            sys.path.insert(0, str(Path(peers) / "median-research-group+LibMTL"))
         sys.modules["LibMTL"] = importlib.util.module_from_spec(importlib.util.find_spec("LibMTL"))
     return importlib.import_module(f"LibMTL.{part}")
 
@@ -99,3 +101,37 @@ def libmtl(part: str) -> types.ModuleType:
 def _rows_with(gram: Tensor) -> Tensor:
     """K gradients of K elements with this Gramian: forming it again from them costs next to nothing."""
     return torch.linalg.cholesky(gram)
+
+
+# ---- Checkouts ----------------------------------------------------------------------------------------------------
+
+
+def checkout(repository: str) -> Path | None:
+    """The checkout of "owner/name" in the folder that IGB_PEERS names, or None."""
+    folder = Path(os.environ.get("IGB_PEERS", "")) / repository.replace("/", "+")
+    return folder if "IGB_PEERS" in os.environ and folder.is_dir() else None
+
+
+@contextmanager
+def importing_from(folder: Path, substitutes: Mapping[str, ModuleType | None] | None = None) -> Iterator[None]:
+    """Imports find the checkout's `methods` and `experiments` first, and these modules instead of the named ones (None:
+    there is none); afterwards all is as before."""
+    substitutes = substitutes or {}
+
+    def set_aside() -> dict[str, ModuleType]:
+        names = [
+            name for name in sys.modules if name.split(".")[0] in ("methods", "experiments") or name in substitutes
+        ]
+        return {name: sys.modules.pop(name) for name in names}
+
+    before, writes = set_aside(), sys.dont_write_bytecode
+    sys.path.insert(0, str(folder))
+    sys.modules.update(substitutes)
+    sys.dont_write_bytecode = True  # nothing is left in the checkout
+    try:
+        yield
+    finally:
+        sys.path.remove(str(folder))
+        sys.dont_write_bytecode = writes
+        set_aside()
+        sys.modules.update(before)

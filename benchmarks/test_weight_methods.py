@@ -1,4 +1,5 @@
-"""Training steps of other libraries against the same with ours imported in their place."""
+"""Training steps of nash-mtl and IGB4MTL against the same with ours imported in their place; both from checkouts in the
+folder that IGB_PEERS names."""
 
 from __future__ import annotations
 
@@ -11,12 +12,10 @@ from typing import Any
 
 import pytest
 import torch
-from integrations.protocol import checkout, importing_from
 from torch import Tensor
 
 from benchmarks.models import MODELS
-
-# ---- nash-mtl and IGB4MTL: checkouts in the folder that IGB_PEERS names --------------------------------------------
+from benchmarks.peers import checkout, importing_from
 
 
 @dataclass
@@ -65,7 +64,7 @@ def _qm9_task(device: torch.device) -> ProtocolTask:
 
 
 PROTOCOL_MODELS = [*((model, tasks) for model in MODELS for tasks in (3, 11)), ("qm9-schnet", 11)]
-PROTOCOL_ROUNDS = {"mlp-33k": 60, "mlp-5.8m": 7, "cnn-4.7m": 7, "qm9-schnet": 15}
+PROTOCOL_ROUNDS = {"mlp-33k": 40, "mlp-5.8m": 5, "cnn-4.7m": 5, "qm9-schnet": 10}
 
 
 def _require(repository: str) -> Path:

@@ -14,7 +14,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from .protocol import PAIRS, RUNS, Run, checkout, importing_from, run_pair, run_weight_methods
+from benchmarks.peers import checkout, importing_from
+
+from .protocol import PAIRS, RUNS, Run, run_pair, run_weight_methods
 
 FILE = Path(__file__).with_name("weight_methods.json")
 

@@ -19,9 +19,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from benchmarks.peers import checkout, importing_from
 from igb_kernels.integrations import famo, igb4mtl, nash_mtl
 
-from .protocol import checkout, importing_from, in_float64
+from .protocol import in_float64
 
 pytestmark = pytest.mark.skipif("IGB_PEERS" not in os.environ, reason="IGB_PEERS names no folder with checkouts")
 
