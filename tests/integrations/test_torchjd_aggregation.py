@@ -193,6 +193,12 @@ def test_grad_drop_takes_one_sign_of_each_element_or_a_function_as_torchjd():
     assert float((kept.double().mean(0) - purity).abs().max()) < 0.12  # 5 standard deviations
     theirs, leaking = both("GradDrop", leak=torch.ones(TASKS, dtype=torch.float64))
     assert torch.allclose(leaking(rows), theirs(rows), rtol=0, atol=1e-13)
+    changed, unchanged = ours.GradDrop(), ours.GradDrop()
+    for own in (changed, unchanged):
+        torch.manual_seed(0)
+        own(rows)
+    changed.leak = torch.zeros(TASKS)
+    assert torch.equal(changed(rows), unchanged(rows)), "the random numbers go on"
     theirs, own = both("GradDrop", torch.round)
     torch.manual_seed(1)
     expected = theirs(rows)

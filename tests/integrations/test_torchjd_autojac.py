@@ -123,6 +123,52 @@ def test_rows_from_given_jacobians(chunk_size):
     assert all(torch.equal(g, b) for g, b in zip(given, before, strict=True)), "a gradient may be a view of its seed"
 
 
+def test_what_is_given_is_only_read():
+    """A gradient can be a view of what its pass started from, and is written over later."""
+    parameter = torch.randn(4, requires_grad=True)
+    given = torch.randn(3, 2, 2)
+    before, expected = given.clone(), given.sum(0).flatten()
+    ours.backward(parameter.view(2, 2), jac_tensors=given, parallel_chunk_size=1)
+    ours.jac_to_grad([parameter], ours.Sum())
+    assert torch.allclose(parameter.grad, expected)
+    assert torch.equal(given, before)
+    parameter.grad = None
+    features, starts = parameter.view(2, 2), [torch.randn(4), torch.randn(4)]
+    before, expected = [start.clone() for start in starts], starts[0] + starts[1]
+    tensors = [features.view(4), features.flatten()]
+    ours.mtl_backward(tensors, features, grad_tensors=starts, parallel_chunk_size=1)
+    ours.jac_to_grad([parameter], ours.Sum())
+    assert torch.allclose(parameter.grad, expected)
+    assert all(torch.equal(start, b) for start, b in zip(starts, before, strict=True))
+
+
+def test_gradients_that_autograd_hands_out_twice_become_two():
+    """Those of two parameters of a head that are added, and of rows that are expanded."""
+    first, second = torch.ones(4, requires_grad=True), torch.ones(2, 2, requires_grad=True)
+    shared = torch.ones(3, 4, requires_grad=True)
+    starts = [torch.arange(4.0), torch.ones(4)]
+    for _ in range(2):
+        features = shared.sum(0)
+        tensors = [features + (first + second.flatten()), features * 2]
+        ours.mtl_backward(tensors, features, grad_tensors=starts, parallel_chunk_size=2)
+    assert torch.equal(first.grad, 2 * torch.arange(4.0))
+    assert torch.equal(second.grad.flatten(), 2 * torch.arange(4.0))
+    shared.jac = None
+    del shared.jac
+    features = shared.sum(0)
+    ours.mtl_backward([features.sum(), features.prod()], features, parallel_chunk_size=2)
+    shared.jac[0, 0] += 1
+    assert float(shared.jac[0].sum()) == 16
+
+
+@pytest.mark.parametrize("chunk_size", [1, None])
+def test_what_no_task_reaches_gets_zeros(chunk_size):
+    reached, unreached = torch.ones(2, requires_grad=True), torch.ones(3, requires_grad=True)
+    ours.backward([reached.sum(), reached.prod()], inputs=[reached, unreached], parallel_chunk_size=chunk_size)
+    ours.jac_to_grad([reached, unreached], ours.UPGrad())
+    assert torch.equal(unreached.grad, torch.zeros(3))
+
+
 def test_heads_that_are_no_scalars_and_several_features():
     """One task does not reach the first features, one takes a head in front of which is nothing."""
     found = []
@@ -212,13 +258,18 @@ def test_retain_jac(chunk_size):
     assert_same(own, theirs)
 
 
-def test_retain_graph():
+@pytest.mark.parametrize("chunk_size", [1, 2, None])
+def test_retain_graph(chunk_size):
     own, _, x = twins()
     features, losses = own(x)
-    ours.mtl_backward(losses, features, retain_graph=True)
-    ours.mtl_backward(losses, features)
+    ours.mtl_backward(losses, features, retain_graph=True, parallel_chunk_size=chunk_size)
+    ours.mtl_backward(losses, features, parallel_chunk_size=chunk_size)
     with pytest.raises(RuntimeError, match="second time"):
-        ours.mtl_backward(losses, features)
+        ours.mtl_backward(losses, features, parallel_chunk_size=chunk_size)
+    encoded = twins()[0].encoder(x)
+    ours.backward([encoded.sum(), encoded.prod()], parallel_chunk_size=chunk_size)
+    with pytest.raises(RuntimeError, match="second time"):
+        encoded.sum().backward()
 
 
 def test_a_tensor_that_retains_its_gradient_is_an_input():
@@ -368,11 +419,15 @@ def test_what_waits_for_the_next_passes_ends_with_the_parameters():
         ours.jac_to_grad(model.encoder.parameters(), ours.UPGrad())
         assert [row() is None for row in rows[1:]] == [False, False]
     features, losses = model(x)
+    waiting: list[int] = []
+    last = next(model.encoder.parameters())
+    hook = last.register_hook(lambda _: waiting.append(sum(row() is not None for row in rows[1:])))
     ours.mtl_backward(losses, features, parallel_chunk_size=1)
-    assert [row() is None for row in rows[1:]] == [True, True]
+    hook.remove()
+    assert waiting == [2, 1, 0]
     ours.jac_to_grad(model.encoder.parameters(), ours.UPGrad())
     before = len(_autojac._outgoing)
-    del model, features, losses
+    del model, features, losses, last, hook
     gc.collect()
     assert len(_autojac._outgoing) < before
 
@@ -431,6 +486,24 @@ def test_hooks_on_aggregators_are_run_and_count():
         assert seen == [(3, 3) if part(aggregator) is aggregator.gramian_weighting else (3, size)]
         for p, e in zip(params, expected, strict=True):
             assert torch.allclose(p.grad, e.grad, rtol=1e-5)
+
+
+def test_a_weighting_of_ones_own_gets_the_gramian_in_the_gradients_dtype():
+    class Learned(ours.Weighting):
+        def __init__(self) -> None:
+            super().__init__()
+            self.matrix = nn.Parameter(torch.eye(3))
+
+        def forward(self, gramian: Tensor) -> Tensor:
+            return (self.matrix @ gramian).sum(dim=1)
+
+    params, expected = filled(), filled()
+    weights = ours.jac_to_grad(params, ours.GramianWeightedAggregator(Learned()))
+    autojac.jac_to_grad(expected, aggregation.GramianWeightedAggregator(Learned()))
+    assert weights.requires_grad
+    for p, e in zip(params, expected, strict=True):
+        assert torch.allclose(p.grad, e.grad, rtol=1e-4, atol=1e-5)
+        assert not p.grad.requires_grad
 
 
 def test_a_forward_of_ones_own_is_used():
