@@ -1,0 +1,76 @@
+"""A training step through LibMTL's own code, with its weightings and with this package's in their place."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from benchmarks import peers
+from benchmarks.models import MODELS, Task
+
+ROUNDS = {"mlp-33k": 100, "mlp-5.8m": 8, "cnn-4.7m": 6}
+
+METHODS: dict[str, dict[str, object]] = {
+    "IMTL": {},
+    "MGDA": {"mgda_gn": "none"},
+    "DB_MTL": {"DB_beta": 0.9, "DB_beta_sigma": 0},
+    "Nash_MTL": {"update_weights_every": 1, "optim_niter": 20, "max_norm": 1.0},
+    "UPGrad": {"UPGrad_norm_eps": 1e-4, "UPGrad_reg_eps": 1e-4},
+}
+"""Weightings with LibMTL's default arguments."""
+
+
+def model_of(weighting: type, task: Task) -> nn.Module:
+    """As LibMTL's Trainer makes it, of the task's modules."""
+    architecture = peers.libmtl("architecture").HPS
+
+    class Model(architecture, weighting):
+        def zero_grad_share_params(self) -> None:
+            """LibMTL 1.1.5 relies on zeros, where PyTorch now sets None."""
+            self.encoder.zero_grad(set_to_none=False)
+
+    names = [str(k) for k in range(len(task.heads))]
+    heads = nn.ModuleDict(dict(zip(names, task.heads, strict=True)))
+    model = Model(names, lambda: task.encoder, heads, False, False, task.batch.device)
+    model.init_param()
+    model.epoch = 0
+    return model
+
+
+def losses_of(model: nn.Module, task: Task) -> Tensor:
+    """One tensor, filled as LibMTL's Trainer does."""
+    losses = torch.zeros(model.task_num, device=task.batch.device)
+    for k, prediction in enumerate(model(task.batch).values()):
+        losses[k] = (prediction - 1).square().mean()
+    return losses
+
+
+@pytest.mark.parametrize("tasks", [3, 8, 11])
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")  # cvxpy's
+def test_libmtl(compare, device, method: str, model: str, tasks: int) -> None:
+    weightings = vars(peers.libmtl("weighting"))
+    if method not in weightings:
+        pytest.skip(f"the installed LibMTL has no {method}; a checkout in IGB_PEERS has")
+    from igb_kernels.integrations import libmtl
+
+    task = MODELS[model](tasks).to(device)
+    ours, theirs = (model_of(cls, task) for cls in (libmtl.weighting(method), weightings[method]))
+
+    def setup() -> tuple[()]:
+        ours.zero_grad(set_to_none=False)  # as LibMTL's Trainer
+        return ()
+
+    def step(model: nn.Module) -> None:
+        model.backward(losses_of(model, task), **METHODS[method])
+
+    updates = []
+    for contender in (ours, theirs):
+        setup()
+        step(contender)
+        updates.append(torch.cat([p.grad.flatten() for p in task.shared]))
+    agreement = torch.nn.functional.cosine_similarity(*updates, dim=0)
+    assert float(agreement) > 1 - 1e-3, "a speed is worth nothing where the results disagree"
+    compare(lambda: step(ours), {"LibMTL": lambda: step(theirs)}, {}, rounds=ROUNDS[model], setup=setup)
