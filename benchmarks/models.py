@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import sys
+from dataclasses import dataclass, fields, replace
 from itertools import pairwise
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -34,7 +37,7 @@ class Task:
 
     encoder: nn.Module
     heads: nn.ModuleList
-    batch: Tensor
+    batch: Any
 
     def __post_init__(self) -> None:
         self.shared = list(self.encoder.parameters())
@@ -42,7 +45,7 @@ class Task:
 
     def to(self, device: torch.device) -> Task:
         """The same on a device."""
-        return Task(self.encoder.to(device), self.heads.to(device), self.batch.to(device))
+        return Task(self.encoder.to(device), self.heads.to(device), _moved(self.batch, device))
 
     def losses(self) -> list[Tensor]:
         representation = self.encoder(self.batch)
@@ -51,6 +54,14 @@ class Task:
     def zero_grad(self) -> None:
         for p in self.parameters:
             p.grad = None
+
+
+def _moved(batch: Any, device: torch.device) -> Any:
+    """A tensor, or a dataclass with some, on the device."""
+    if isinstance(batch, Tensor):
+        return batch.to(device)
+    tensors = {field.name: getattr(batch, field.name) for field in fields(batch)}
+    return replace(batch, **{name: t.to(device) for name, t in tensors.items() if isinstance(t, Tensor)})
 
 
 def _mlp(widths: list[int]) -> nn.Module:
@@ -98,4 +109,18 @@ def _heads(width: int, tasks: int) -> nn.ModuleList:
     return nn.ModuleList(nn.Linear(width, 1) for _ in range(tasks))
 
 
+def qm9_schnet(tasks: int) -> Task:
+    """The encoder of examples/qm9 on 120 molecules."""
+    import pytest
+
+    sys.path.insert(0, str(Path(__file__).parents[1] / "examples" / "qm9"))
+    data, graphs, models = (pytest.importorskip(name) for name in ("data", "graphs", "models"))
+    molecules = data.load("tiny", None, seed=0)
+    built = graphs.build(molecules, data.split(len(molecules), 0).train, cutoff=5.0, bond_features=False)
+    net = models.build_model("schnet", [str(k) for k in range(tasks)])
+    return Task(net.encoder, nn.ModuleList(net.heads.values()), built.batch(torch.arange(120)))
+
+
 MODELS = {"mlp-33k": mlp_33k, "mlp-5.8m": mlp_5_8m, "cnn-4.7m": cnn_4_7m}
+USERS_MODELS = {**MODELS, "qm9-schnet": qm9_schnet}
+"""For steps of other libraries' users."""

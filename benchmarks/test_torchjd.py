@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks.models import MODELS, Task
+from benchmarks.models import USERS_MODELS, Task
 
-ROUNDS = {"mlp-33k": 200, "mlp-5.8m": 10, "cnn-4.7m": 8}
+ROUNDS = {"mlp-33k": 100, "mlp-5.8m": 8, "cnn-4.7m": 8, "qm9-schnet": 15}
 
 # ---- TorchJD --------------------------------------------------------------------------------------------------------
 
@@ -32,7 +32,7 @@ def torchjd_step(library: ModuleType | SimpleNamespace, task: Task, aggregator: 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")  # cvxpy's
 @pytest.mark.parametrize("tasks", [3, 8, 11])
-@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("model", USERS_MODELS)
 @pytest.mark.parametrize("method", TORCHJD_METHODS)
 def test_torchjd(compare, device, method: str, model: str, tasks: int) -> None:
     aggregation = pytest.importorskip("torchjd.aggregation")
@@ -42,7 +42,7 @@ def test_torchjd(compare, device, method: str, model: str, tasks: int) -> None:
 
     theirs = SimpleNamespace(**{**vars(aggregation), **vars(autojac)})
     torch.manual_seed(0)
-    task = MODELS[model](tasks).to(device)
+    task = USERS_MODELS[model](tasks).to(device)
 
     def step_of(library: ModuleType | SimpleNamespace) -> Callable[[], None]:
         aggregator = TORCHJD_METHODS[method](library, tasks)

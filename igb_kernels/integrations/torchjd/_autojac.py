@@ -250,7 +250,9 @@ def mtl_backward(
         grad_tensors: like the tensors: where their gradients start from.
         tasks_params: the parameters of each task; by default, the leaves of its graph in front of the features.
         shared_params: by default, the leaves behind the features.
-        retain_graph, parallel_chunk_size: as for `backward`.
+        retain_graph: as for `backward`.
+        parallel_chunk_size: how many tasks one pass computes. None: 1, since few passes one by one take less time than
+            their arithmetic in a batch.
 
     Raises:
         ValueError: for arguments that cannot be; whatever raises, `.grad` and `.jac` stay as they were.
@@ -292,7 +294,7 @@ def mtl_backward(
         return shared_features, [torch.stack([torch.zeros_like(f) if g is None else g for g in c]) for f, c in pairs]
 
     seeds = Seeds(len(losses), of_pass, batch)
-    _add_jacobians(shared, _jacobians(seeds, shared, retain_graph, parallel_chunk_size))
+    _add_jacobians(shared, _jacobians(seeds, shared, retain_graph, parallel_chunk_size or 1))
     with torch.no_grad():
         for params, grads in zip(heads, of_heads, strict=True):
             for p, grad in zip(params, grads, strict=True):
