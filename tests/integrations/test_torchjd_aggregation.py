@@ -400,8 +400,11 @@ def test_arguments_that_cannot_be():
         ours.DualProj(torch.tensor([1.0, -1.0]))
     with pytest.raises(ValueError, match="must have n_tasks = 3 rows, found 4"):
         ours.NashMTL(3)(rows)
+    by_losses = ours.EMTL()
+    by_losses.losses = torch.ones(TASKS)
+    by_losses(rows)
     with pytest.raises(ValueError, match="losses must be set to 4 losses before each call, found None"):
-        ours.EMTL()(rows)
+        by_losses(rows)
     with pytest.raises(ValueError, match="method must go by the Gramian, found DBMTL"):
         ours.MethodWeighting(igb.DBMTL())(rows @ rows.T)
     with pytest.raises(TypeError, match="method must be a gradient-balancing method, found str"):

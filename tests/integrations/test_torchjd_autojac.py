@@ -286,6 +286,27 @@ def test_a_tensor_that_retains_its_gradient_is_an_input():
         ours.backward([(x * x).sum()], inputs=[x * x])
 
 
+@pytest.mark.parametrize("chunk_size", [1, 2, None])
+def test_features_that_retain_their_gradient(chunk_size):
+    """Get that of the losses' sum, once."""
+    own, plain, x = twins()
+    for _ in range(2):
+        features, losses = own(x)
+        features.retain_grad()
+        ours.mtl_backward(losses, features, parallel_chunk_size=chunk_size)
+        expected, others = plain(x)
+        expected.retain_grad()
+        sum(others).backward()
+        assert torch.allclose(features.grad, expected.grad, rtol=1e-5)
+        assert len(next(own.encoder.parameters()).jac) == TASKS
+    x = torch.tensor([1.0, 2.0], requires_grad=True)
+    y = x * x
+    y.retain_grad()
+    ours.backward([y.sum(), y[0]], inputs=[y], parallel_chunk_size=chunk_size)
+    assert y.jac.tolist() == [[1, 1], [1, 0]]
+    assert y.grad is None
+
+
 def test_stacked_losses_run_their_own_heads_alone():
     own, _, x = twins()
     ran: list[int] = []
@@ -408,6 +429,14 @@ def test_no_row_is_copied():
     ours.jac_to_grad(params, ours.UPGrad())
     assert not any(p.grad.untyped_storage().data_ptr() == jac.untyped_storage().data_ptr() for p in params)
     assert torch.equal(jac, before)
+    features, losses = model(x)
+    ours.mtl_backward(losses, features, parallel_chunk_size=2)  # two tensors
+    jac, before = params[0].jac, [row.clone() for row in params[0].jac.rows]
+    for p in params:
+        p.grad = None
+    ours.jac_to_grad(params, ours.UPGrad())
+    assert params[0].grad.untyped_storage().nbytes() == params[0].nbytes
+    assert all(torch.equal(row, b) for row, b in zip(jac.rows, before, strict=True))
 
 
 def test_what_waits_for_the_next_passes_ends_with_the_parameters():

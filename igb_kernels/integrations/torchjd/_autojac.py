@@ -42,16 +42,18 @@ class JacobianRows(Tensor):
 
     rows: Grads
     whole: Tensor | None
+    own: bool
+    """Whether each row has memory of its own, which may become `.grad`."""
 
     @staticmethod
-    def __new__(cls, rows: Grads, like: Tensor) -> JacobianRows:
+    def __new__(cls, rows: Grads, like: Tensor, own: bool = True) -> JacobianRows:
         """From the rows, and the tensor whose gradients they are."""
         size = (len(rows), *like.shape)
         made: JacobianRows = Tensor._make_wrapper_subclass(cls, size, dtype=like.dtype, device=like.device)
-        made.rows, made.whole = rows, None
+        made.rows, made.whole, made.own = rows, None, own
         return made
 
-    def __init__(self, rows: Grads, like: Tensor) -> None: ...
+    def __init__(self, rows: Grads, like: Tensor, own: bool = True) -> None: ...
 
     def use_up(self) -> None:
         """Says that the rows have been written over."""
@@ -68,7 +70,7 @@ class JacobianRows(Tensor):
             for view, row in zip(views, self.rows, strict=True):
                 if row is not None:
                     view.copy_(row)
-            self.rows = list(views)
+            self.rows, self.own = list(views), False
         return self.whole
 
     @classmethod
@@ -107,16 +109,19 @@ class Seeds:
 
     number: int
     """m."""
+    roots: Sequence[Tensor]
     of_pass: Callable[[int], tuple[Sequence[Tensor | GradientEdge], Sequence[Tensor]]]
-    """The roots and seeds of one pass: those that are not zero."""
-    batch: Callable[[slice], tuple[Sequence[Tensor], Sequence[Tensor]]]
-    """The roots of all passes, and the seeds of some, [n, *root.shape]."""
+    """One pass's roots with seeds that are not zero, and these."""
+    batch: Callable[[slice], Sequence[Tensor]]
+    """The seeds of some passes, [n, *root.shape] for each root."""
 
 
 def _jacobians(seeds: Seeds, inputs: Sequence[Tensor], retain_graph: bool, chunk_size: int | None) -> list[Jacobian]:
     """Of the seeds' roots with respect to each input."""
     if not inputs:
         return []
+    if any([t.retains_grad for t in (*seeds.roots, *inputs)]):
+        chunk_size = 1  # a batch of gradients would stay in their .grad
     if chunk_size is None:
         size = seeds.number * sum([t.nbytes for t in inputs])
         chunk_size = seeds.number if size <= BATCHED_BYTES else 1
@@ -129,7 +134,8 @@ def _jacobians(seeds: Seeds, inputs: Sequence[Tensor], retain_graph: bool, chunk
     ]
     if len(chunks) == 1:
         return list(chunks[0])
-    return [JacobianRows(list(chain(*column)), t) for t, column in zip(inputs, zip(*chunks, strict=True), strict=True)]
+    columns = zip(*chunks, strict=True)
+    return [JacobianRows(list(chain(*column)), t, own=False) for t, column in zip(inputs, columns, strict=True)]
 
 
 def _in_rows(seeds: Seeds, inputs: Sequence[Tensor], retain_graph: bool) -> list[Jacobian]:
@@ -152,12 +158,11 @@ def _in_rows(seeds: Seeds, inputs: Sequence[Tensor], retain_graph: bool) -> list
 
 def _in_batch(seeds: Seeds, passes: slice, inputs: Sequence[Tensor], retain_graph: bool) -> Sequence[Tensor]:
     """By one pass for several rows."""
-    roots, batch = seeds.batch(passes)
     found = explained(
         torch.autograd.grad,
-        roots,
+        seeds.roots,
         inputs,
-        batch,
+        seeds.batch(passes),
         retain_graph=retain_graph,
         allow_unused=True,
         is_grads_batched=True,
@@ -210,8 +215,8 @@ def backward(
         jac_tensors: like the tensors, each with m rows in front: the Jacobian is multiplied by them.
         inputs: by default, all leaves of the graph.
         retain_graph: as for `torch.autograd.backward`.
-        parallel_chunk_size: how many rows one pass computes; 1: none is batched. None: all of them, where the Jacobian
-            is small (16 MB), else 1.
+        parallel_chunk_size: how many rows one pass computes; 1: none is batched, as is needed where a tensor on the way
+            retains its gradient. None: all of them, where the Jacobian is small (16 MB), else 1.
 
     Raises:
         ValueError: for arguments that cannot be; whatever raises, `.grad` and `.jac` stay as they were.
@@ -278,26 +283,32 @@ def mtl_backward(
 
     of_heads: list[list[Tensor]] = []
     of_features: list[Grads] = []
-    for loss, start, params in zip(losses, starts, heads, strict=True):
-        ends = [*params, *shared_features]
-        found = explained(torch.autograd.grad, loss, ends, start, retain_graph=retain_graph, allow_unused=True)
-        of_heads.append(_own_memory(params, found, start))
-        of_features.append(list(found[len(params) :]))
 
     def of_pass(k: int) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
         reached = [(f, g) for f, g in zip(shared_features, of_features[k], strict=True) if g is not None]
         return [f for f, _ in reached], [g for _, g in reached]
 
-    def batch(passes: slice) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
+    def batch(passes: slice) -> Sequence[Tensor]:
         columns = zip(*of_features[passes], strict=True)
         pairs = zip(shared_features, columns, strict=True)
-        return shared_features, [torch.stack([torch.zeros_like(f) if g is None else g for g in c]) for f, c in pairs]
+        return [torch.stack([torch.zeros_like(f) if g is None else g for g in column]) for f, column in pairs]
 
-    seeds = Seeds(len(losses), of_pass, batch)
-    _add_jacobians(shared, _jacobians(seeds, shared, retain_graph, parallel_chunk_size or 1))
+    retaining = [f for f in shared_features if f.retains_grad]
+    with GradsSetAside(retaining) as before:
+        for loss, start, params in zip(losses, starts, heads, strict=True):
+            ends = [*params, *shared_features]
+            found = explained(torch.autograd.grad, loss, ends, start, retain_graph=retain_graph, allow_unused=True)
+            of_heads.append(_own_memory(params, found, start))
+            of_features.append(list(found[len(params) :]))
+        of_retaining = [None if f.grad is None else f.grad.clone() for f in retaining]
+        seeds = Seeds(len(losses), shared_features, of_pass, batch)
+        jacobians = _jacobians(seeds, shared, retain_graph, parallel_chunk_size or 1)
+        before.put_back()
+    _add_jacobians(shared, jacobians)
     with torch.no_grad():
-        for params, grads in zip(heads, of_heads, strict=True):
-            for p, grad in zip(params, grads, strict=True):
+        grads = zip(chain(retaining, *heads), chain(of_retaining, *of_heads), strict=True)
+        for p, grad in grads:
+            if grad is not None:
                 p.grad = grad if p.grad is None else p.grad.add_(grad)
 
 
@@ -349,7 +360,7 @@ def jac_to_grad(
     for p, t in enumerate(targets):
         if all(row[p] is None for row in rows):
             rows[0][p] = torch.zeros_like(t)
-    own = [j for j in jacobians if isinstance(j, JacobianRows) and j.whole is None and not retain_jac]
+    own = [j for j in jacobians if isinstance(j, JacobianRows) and j.own and not retain_jac]
     weights = aggregate(targets, rows if len(own) == len(targets) else to_write_over(targets, rows))
     if not retain_jac:
         for t in targets:
@@ -422,8 +433,9 @@ def _given_seeds(tensors: list[Tensor], jac_tensors: Sequence[Tensor] | Tensor) 
         raise ValueError(f"jac_tensors must have the same number of rows, found {[g.shape[0] for g in given]}")
     return Seeds(
         len(given[0]),
+        tensors,
         lambda k: (tensors, [g[k].detach().clone() for g in given]),  # gradients can be views of them
-        lambda passes: (tensors, [g[passes].detach() for g in given]),
+        lambda passes: [g[passes].detach() for g in given],
     )
 
 
@@ -438,7 +450,7 @@ def _unit_seeds(tensors: list[Tensor]) -> Seeds:
         root, seed = starts[k]
         return [root], [seed()]
 
-    def batch(passes: slice) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
+    def batch(passes: slice) -> Sequence[Tensor]:
         rows = range(ends[-1])[passes]
         seeds = []
         for t, (first, end) in zip(tensors, pairwise(ends), strict=True):
@@ -447,9 +459,9 @@ def _unit_seeds(tensors: list[Tensor]) -> Seeds:
             if start < stop:
                 seed[start - rows.start : stop - rows.start, start - first : stop - first].fill_diagonal_(1)
             seeds.append(seed.view(len(rows), *t.shape))
-        return tensors, seeds
+        return seeds
 
-    return Seeds(len(starts), of_pass, batch)
+    return Seeds(len(starts), tensors, of_pass, batch)
 
 
 def _starts_of(t: Tensor) -> list[tuple[Tensor | GradientEdge, Callable[[], Tensor]]]:

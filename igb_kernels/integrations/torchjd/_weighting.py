@@ -306,7 +306,7 @@ class HoldsMethod(Stateful):
     method: GradientBalancer
     """A copy of the one that was given."""
     losses: Tensor | None
-    """The losses [m], for methods that go by them; to be set before each call then."""
+    """The losses [m], for methods that go by them; to be set before each call then, which takes them."""
     status: Tensor | None
     """Bits of `igb_kernels.Status` of the last call, int32 [] on the rows' device."""
 
@@ -329,10 +329,11 @@ class HoldsMethod(Stateful):
             self.method.state = state.to(device)
         self.method.start(tasks, device)
         if ops.SOLVERS[self.method.name].needs_losses or self.method.row_scales() is not None:
-            if self.losses is None or self.losses.shape != (tasks,):
-                found = None if self.losses is None else tuple(self.losses.shape)
+            losses, self.losses = self.losses, None
+            if losses is None or losses.shape != (tasks,):
+                found = None if losses is None else tuple(losses.shape)
                 raise ValueError(f"losses must be set to {tasks} losses before each call, found {found}")
-            return self.losses.detach().to(device)
+            return losses.detach().to(device)
         return torch.ones(tasks, dtype=torch.float64, device=device)
 
     def reset(self) -> None:
