@@ -7,9 +7,9 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks import peers
-from benchmarks.models import MODELS, Task
+from benchmarks.models import USERS_MODELS, Task
 
-ROUNDS = {"mlp-33k": 100, "mlp-5.8m": 8, "cnn-4.7m": 6}
+ROUNDS = {"mlp-33k": 100, "mlp-5.8m": 8, "cnn-4.7m": 6, "qm9-schnet": 5}
 
 METHODS: dict[str, dict[str, object]] = {
     "IMTL": {},
@@ -32,7 +32,7 @@ def model_of(weighting: type, task: Task) -> nn.Module:
 
     names = [str(k) for k in range(len(task.heads))]
     heads = nn.ModuleDict(dict(zip(names, task.heads, strict=True)))
-    model = Model(names, lambda: task.encoder, heads, False, False, task.batch.device)
+    model = Model(names, lambda: task.encoder, heads, False, False, task.shared[0].device)
     model.init_param()
     model.epoch = 0
     return model
@@ -40,14 +40,14 @@ def model_of(weighting: type, task: Task) -> nn.Module:
 
 def losses_of(model: nn.Module, task: Task) -> Tensor:
     """One tensor, filled as LibMTL's Trainer does."""
-    losses = torch.zeros(model.task_num, device=task.batch.device)
+    losses = torch.zeros(model.task_num, device=task.shared[0].device)
     for k, prediction in enumerate(model(task.batch).values()):
         losses[k] = (prediction - 1).square().mean()
     return losses
 
 
 @pytest.mark.parametrize("tasks", [3, 8, 11])
-@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("model", USERS_MODELS)
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")  # cvxpy's
 def test_libmtl(compare, device, method: str, model: str, tasks: int) -> None:
@@ -56,7 +56,7 @@ def test_libmtl(compare, device, method: str, model: str, tasks: int) -> None:
         pytest.skip(f"the installed LibMTL has no {method}; a checkout in IGB_PEERS has")
     from igb_kernels.integrations import libmtl
 
-    task = MODELS[model](tasks).to(device)
+    task = USERS_MODELS[model](tasks).to(device)
     ours, theirs = (model_of(cls, task) for cls in (libmtl.weighting(method), weightings[method]))
 
     def setup() -> tuple[()]:
