@@ -172,9 +172,9 @@ class LossMethod(WeightMethod):
         self._check(losses)
         known = losses.detach()
         weights = self.weights = self._weigh(known)
-        values, scales = weights * known, weights
-        if self.log:
-            values, scales = weights * known.log(), weights * log_scales(known)
+        if not self.log:
+            return Source(losses, weights).attach(weights * losses), {"weights": weights}
+        values, scales = weights * known.log(), weights * log_scales(known)
         return with_gradient(losses, values.to(losses.dtype), scales.to(losses.dtype)), {"weights": weights}
 
     def get_weighted_loss(self, losses: Tensor, **kwargs: Any) -> tuple[Tensor, Outputs]:
