@@ -121,6 +121,26 @@ def test_the_training_guide_runs():
     assert "weights_of" in names
 
 
+INTEGRATIONS = ROOT / "igb_kernels" / "INTEGRATIONS.md"
+SNIPPETS = [match[1] for match in BLOCK.finditer(INTEGRATIONS.read_text())]
+
+
+@pytest.mark.parametrize("at", range(len(SNIPPETS)))
+def test_snippets_of_the_integrations_run(at, tmp_path):
+    """Each by itself, in a process of its own: they change the libraries they are for."""
+    libmtl = "import integrations.libmtl_on_cpu\n" if "import libmtl" in SNIPPETS[at] else ""  # whatever torchvision is
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])}
+    result = subprocess.run(
+        [sys.executable, "-c", libmtl + SNIPPETS[at]],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert result.returncode == 0, result.stderr
+
+
 def test_the_tests_that_the_training_guide_names_exist():
     named = re.findall(r"`(test_\w+\.py)((?:::test_\w+)?)`((?:, `::test_\w+`)*)", GUIDE_TEXT)
     assert len(named) > 15
