@@ -307,14 +307,24 @@ def test_features_that_retain_their_gradient(chunk_size):
     assert y.grad is None
 
 
-def test_stacked_losses_run_their_own_heads_alone():
-    own, _, x = twins()
+def assigned(losses: list[Tensor]) -> Tensor:
+    vector = torch.zeros(len(losses))
+    for k, loss in enumerate(losses):
+        vector[k] = loss
+    return vector
+
+
+@pytest.mark.parametrize("join", [torch.stack, assigned])
+def test_losses_in_one_vector_run_their_own_heads_alone(join):
+    own, plain, x = twins()
     ran: list[int] = []
     for k, head in enumerate(own.heads):
         head.weight.register_hook(lambda grad, k=k: ran.append(k))
     _, losses = own(x)
-    ours.backward(torch.stack(losses), parallel_chunk_size=1)
+    ours.backward(join([*losses, torch.ones(())]), parallel_chunk_size=1)
     assert ran == [0, 1, 2]
+    autojac.backward(join([*plain(x)[1], torch.ones(())]), parallel_chunk_size=1)
+    assert_same(own, plain)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])

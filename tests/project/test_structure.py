@@ -54,7 +54,7 @@ ALLOWED = {
     "profiling": OPERATIONS | {"losses", "gradients", "capture", "representation", "balancer", "printing"},
     "__main__": {"doctor", "profiling", "printing"},
     "integrations": OPERATIONS
-    | {"losses", "gradients", "capture", "store", "hooks", "passes", "balancer", "result", "monitor"},
+    | {"losses", "gradients", "peel", "capture", "store", "hooks", "passes", "balancer", "result", "monitor"},
 }
 """What each room may import, from the bottom to the top."""
 

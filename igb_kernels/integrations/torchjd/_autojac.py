@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, MutableMapping, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from itertools import accumulate, chain, pairwise
 from typing import Any
 
@@ -21,6 +21,7 @@ from igb_kernels._log import warn_once
 from igb_kernels.capture import GradsSetAside, edge_of, explained, leaves, run_backward, take_grads
 from igb_kernels.integrations.torchjd._aggregation import aggregate_of, dtype_of, to_write_over
 from igb_kernels.ops import COMPLEX_DTYPES, DTYPES, MAX_TASKS, accumulator_dtype
+from igb_kernels.peel import Edge, element_edges
 from igb_kernels.store import Grads, apart
 
 keep_saved_tensors()
@@ -441,14 +442,13 @@ def _given_seeds(tensors: list[Tensor], jac_tensors: Sequence[Tensor] | Tensor) 
 
 def _unit_seeds(tensors: list[Tensor]) -> Seeds:
     """One for each element of the tensors."""
-    starts = [start for t in tensors for start in _starts_of(t)]
-    if not starts:
-        raise ValueError("tensors must have at least one element, found none")
     ends = list(accumulate([t.numel() for t in tensors], initial=0))
+    if not ends[-1]:
+        raise ValueError("tensors must have at least one element, found none")
+    starts = cache(lambda: [start for t in tensors for start in _starts_of(t)])
 
     def of_pass(k: int) -> tuple[Sequence[Tensor | GradientEdge], Sequence[Tensor]]:
-        root, seed = starts[k]
-        return [root], [seed()]
+        return starts()[k]()
 
     def batch(passes: slice) -> Sequence[Tensor]:
         rows = range(ends[-1])[passes]
@@ -461,25 +461,31 @@ def _unit_seeds(tensors: list[Tensor]) -> Seeds:
             seeds.append(seed.view(len(rows), *t.shape))
         return seeds
 
-    return Seeds(len(starts), tensors, of_pass, batch)
+    return Seeds(ends[-1], tensors, of_pass, batch)
 
 
-def _starts_of(t: Tensor) -> list[tuple[Tensor | GradientEdge, Callable[[], Tensor]]]:
-    """The root of each element's pass, and its seed. What torch.stack joined starts where it came from: through the
-    node that joined, each pass would run all the others' graphs."""
+Start = Callable[[], tuple[Sequence[Tensor | GradientEdge], Sequence[Tensor]]]
+"""Of a pass: its roots, and their seeds."""
+
+
+def _starts_of(t: Tensor) -> list[Start]:
+    """Those of each element's pass. Losses that were put together to one vector start where they came from: through
+    the node that joined them, each pass would run all the others' graphs."""
     if t.dim() == 0:
-        return [(t, lambda: torch.ones_like(t))]
-    edges = t.grad_fn.next_functions if t.grad_fn is not None and t.grad_fn.name() == "StackBackward0" else ()
-    scalars = [GradientEdge(node, output) for node, output in edges if node is not None]
-    if t.dim() == 1 and len(scalars) == len(t):
-        return [(scalar, lambda: t.new_ones(())) for scalar in scalars]
+        return [lambda: ([t], [torch.ones_like(t)])]
+    if t.dim() == 1 and (edges := element_edges(t)) is not None:
+        return [partial(_start_along, edge, t) for edge in edges]
 
-    def unit(e: int) -> Tensor:
+    def start_at(e: int) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
         seed = t.new_zeros(t.numel())
         seed[e] = 1
-        return seed.view(t.shape)
+        return [t], [seed.view(t.shape)]
 
-    return [(t, partial(unit, e)) for e in range(t.numel())]
+    return [partial(start_at, e) for e in range(t.numel())]
+
+
+def _start_along(edge: Edge | None, like: Tensor) -> tuple[Sequence[GradientEdge], Sequence[Tensor]]:
+    return ([], []) if edge is None else ([GradientEdge(*edge)], [like.new_ones(())])
 
 
 def _own_memory(params: Sequence[Tensor], found: Sequence[Tensor | None], start: Tensor) -> list[Tensor]:
