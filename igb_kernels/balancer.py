@@ -155,11 +155,11 @@ class Balancer:
         """Computes the balanced gradients and adds them to `.grad`; replaces `sum(losses).backward()`.
 
         Args:
-            losses: K scalar tensors in a list, or a dict by task name, or one 1-D tensor (made by torch.stack,
-                torch.cat or `losses[k] = loss`; through any other, each pass runs all heads). On one device, that of the first
-                step, and not scaled by the scaler. None in a list, a name that a dict does not have, or a loss that
-                does not require grad is a missing task: the step is one of the others alone, and the state of the
-                missing ones stays as it is.
+            losses: K scalar tensors in a list, or a dict by task name, or one 1-D tensor made by torch.stack,
+                torch.cat or `losses[k] = loss` (else each pass runs all heads); on one device, that of the first step,
+                not scaled by the scaler. None in a list, a name that a dict does not have, or a loss that does not
+                require grad is a missing task: the step is one of the others alone, and the state of the missing ones
+                stays as it is.
             scaler: the GradScaler of a training with float16 autocast. The passes are run with its factor, and `.grad`
                 holds it, as after `scaler.scale(loss).backward()`; losses, norms and state are what they are without.
                 A step that overflows reaches `.grad` as NaN or infinity, so that the scaler skips it, and leaves the
