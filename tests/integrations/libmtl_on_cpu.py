@@ -1,4 +1,4 @@
-"""LibMTL's own Trainer, on small models and the CPU.
+"""LibMTL's own Trainer, on small models and the CPU, and its protocol alone, on any device.
 
 LibMTL is the one in the checkouts that IGB_PEERS names (median-research-group+LibMTL), or else the installed one, which
 is 1.1.5. What of it does not work with today's Python and PyTorch is made to work in subclasses, and said there.
@@ -209,27 +209,29 @@ TASKS_OF = {"PCGrad": 2, "GradVac": 2, "Nash_MTL": 2}
 """Of two tasks each has but one other to visit, and LibMTL's solver for Nash-MTL converges."""
 
 
-def model_of(weighting: type, tasks: int = 3, *, rep_grad: bool = False, multi_input: bool = False) -> nn.Module:
+def model_of(
+    weighting: type, tasks: int = 3, *, rep_grad: bool = False, multi_input: bool = False, device: str = "cpu"
+) -> nn.Module:
     """An encoder and heads behind LibMTL's protocol, with the same parameters everywhere."""
     names = TASKS[:tasks]
     heads = nn.ModuleDict({task: nn.Linear(5, 2) for task in names})
-    model = type("MTLmodel", (HPS, weighting), {})(names, Encoder, heads, rep_grad, multi_input, torch.device("cpu"))
+    model = type("MTLmodel", (HPS, weighting), {})(names, Encoder, heads, rep_grad, multi_input, torch.device(device))
     with torch.no_grad():
         for i, p in enumerate(model.parameters()):
             p.copy_(0.6 * torch.sin(1.3 * torch.arange(1, p.numel() + 1) ** 1.1 + i).view_as(p))
     model.init_param()
-    return model
+    return model.to(device)
 
 
 def losses_of(model: nn.Module, seed: int = 0) -> Tensor:
     """One positive loss for each task, put into a tensor as LibMTL's Trainer does."""
-    losses = torch.zeros(model.task_num)
+    losses = torch.zeros(model.task_num).to(model.device)
     predictions = {}
     for k, task in enumerate(model.task_name):
         if model.multi_input or not predictions:
-            x = torch.sin(torch.arange(24) * (1.7 + 0.1 * model.multi_input * k) + seed).view(4, 6)
+            x = torch.sin(torch.arange(24) * (1.7 + 0.1 * model.multi_input * k) + seed).view(4, 6).to(model.device)
             predictions |= model(x, task) if model.multi_input else model(x)
-        target = (1 + k) * torch.cos(torch.arange(8) * (0.9 + k) + seed).view(4, 2)
+        target = (1 + k) * torch.cos(torch.arange(8) * (0.9 + k) + seed).view(4, 2).to(model.device)
         losses[k] = (predictions[task] - target).square().mean() + 0.1
     return losses
 

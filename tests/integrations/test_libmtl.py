@@ -24,6 +24,8 @@ libmtl = pytest.importorskip("igb_kernels.integrations.libmtl")
 
 RECORDED = json.loads(Path(__file__).with_name("libmtl.json").read_text())
 THEIRS = vars(LibMTL.weighting).copy()
+NAMES = sorted(libmtl.install())
+libmtl.uninstall()
 CLOSE = {"CAGrad": 1e-4, "MGDA": 1e-5}
 """How close LibMTL's solvers come to the solution; all others to within rounding."""
 
@@ -274,7 +276,7 @@ def test_every_method_and_rule_has_a_name():
     assert rules == igb.losses.RULES.keys() - {"none"}
 
 
-@pytest.mark.parametrize("name", sorted(libmtl.install()))
+@pytest.mark.parametrize("name", NAMES)
 def test_every_one_of_them_trains(name):
     libmtl.install()
     trainer = new_trainer(name)
@@ -283,9 +285,6 @@ def test_every_one_of_them_trains(name):
     assert np.isfinite(weights).all()
     assert bool(parameters_of(trainer).isfinite().all())
     assert not torch.equal(parameters_of(trainer), before)
-
-
-libmtl.uninstall()
 
 
 def test_combinations_by_name():
