@@ -26,7 +26,7 @@ from torch.profiler import ProfilerActivity, profile
 import igb_kernels as igb
 from benchmarks.machine import commit, cpu_name
 from benchmarks.models import MODELS, Task
-from benchmarks.peers import _libmtl_weighting
+from benchmarks.peers import libmtl
 
 Step = Callable[[Tensor, list[Tensor]], object]
 """Makes `.grad` from the representation and the losses."""
@@ -116,7 +116,7 @@ def torchjd(task: Task, name: str, thrifty: bool) -> Step:
 
 
 def libmtl_imtl(task: Task) -> Step:
-    class IMTL(_libmtl_weighting().IMTL):
+    class IMTL(libmtl("weighting").IMTL):
         rep_grad, task_num, device = False, len(task.heads), task.batch.device
 
         def get_share_params(self) -> list[Tensor]:

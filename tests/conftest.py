@@ -28,6 +28,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if (folder := item.path.parent.name) in BUILDERS:
             item.add_marker(pytest.mark.xdist_group(folder))
+    items.sort(key=lambda item: item.path.parent.name not in BUILDERS)  # else one process is left alone with the last
 
 
 INSTRUCTION_SETS = ("avx512bf16", "avx512", "avx2", "portable")

@@ -40,7 +40,7 @@ def build(folder: Path, edits: Mapping[str, Mapping[str, str]] | None = None, re
     sources = {
         folder / "csrc" / "cuda" / "multi_tensor.cu": as_cuda,
         folder / "csrc" / "cuda" / "problem.cu": ["-ffp-contract=off", *as_cuda],
-        folder / "csrc" / "bindings" / "cuda.cpp": [],
+        folder / "csrc" / "bindings" / "cuda.cpp": ['-DIGB_CUDA_ARCHITECTURES="emulated"'],
         EMULATION / "module.cpp": [
             f"-I{folder / 'csrc'}",
         ],
