@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
+import time
 import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -174,6 +175,8 @@ class Burst:
             self.failure = error
 
     def _run_beside(self) -> None:
+        _os_threads.difference_update([tid for tid in _os_threads if not _is_alive(tid)])
+        _os_threads.add(threading.get_native_id())
         try:
             self._run()
         finally:
@@ -183,9 +186,25 @@ class Burst:
 _running: set[Burst] = set()
 
 
+_os_threads: set[int] = set()
+"""Those of bursts, some of them ended. After Python has let go of a thread, its libraries tidy up behind it, and take
+locks: a child that is forked meanwhile would find MKL's held for ever."""
+
+MOST_SECONDS = 1.0
+"""For a thread's end; another may have got its number since."""
+
+
+def _is_alive(os_thread: int) -> bool:
+    return os.path.exists(f"/proc/self/task/{os_thread}")  # where there is no /proc, none is
+
+
 def _wait_for_all() -> None:
     for burst in list(_running):
         burst.join()
+    last = time.monotonic() + MOST_SECONDS
+    while any(map(_is_alive, _os_threads)) and time.monotonic() < last:
+        time.sleep(1e-4)
+    _os_threads.clear()
 
 
 if hasattr(os, "register_at_fork"):
