@@ -92,8 +92,8 @@ def libmtl(part: str) -> ModuleType:
     """A part of LibMTL, of its checkout in the folder IGB_PEERS or else of the installed one. As a whole, it imports
     models that need an older torchvision; its weightings and architectures need none of them."""
     if "LibMTL" not in sys.modules:
-        if peers := os.environ.get("IGB_PEERS"):
-            sys.path.insert(0, str(Path(peers) / "median-research-group+LibMTL"))
+        if (folder := checkout("median-research-group/LibMTL")) is not None:
+            sys.path.insert(0, str(folder))
         sys.modules["LibMTL"] = importlib.util.module_from_spec(importlib.util.find_spec("LibMTL"))
     return importlib.import_module(f"LibMTL.{part}")
 
