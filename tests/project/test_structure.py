@@ -52,7 +52,9 @@ ALLOWED = {
     "printing": set(),
     "doctor": OPERATIONS | {"_native", "losses", "gradients", "balancer", "printing"},
     "profiling": OPERATIONS | {"losses", "gradients", "capture", "representation", "balancer", "printing"},
-    "__main__": {"doctor", "profiling", "printing"},
+    "bench": OPERATIONS | {"_native", "_C", "losses", "gradients", "balancer", "printing"},
+    "report": {"bench", "printing"},
+    "__main__": {"doctor", "profiling", "printing", "bench", "report"},
     "integrations": OPERATIONS
     | {"losses", "gradients", "peel", "capture", "store", "hooks", "passes", "balancer", "result", "monitor"},
 }
