@@ -200,7 +200,7 @@ class Passes:
         return passes
 
     def gathering(self, place: Gathering, *, whole: bool) -> Passes:
-        """The same with the gradients that all processes have together, of which this one gets its part or the whole."""
+        """The same with the sums of all processes' gradients, of which this one gets its part or the whole."""
         assert self.processes is not None
         passes = self._derived()
         passes.shared, passes.capture, passes._outgoing = place.params, place.capture, None

@@ -87,8 +87,8 @@ class DataParallel:
         return [self.place.own(row) for row in rows]
 
     def agree(self, found: dict[str, Any]) -> bool:
-        """Whether this is the first time since the balancer was made or its state was loaded; ValueError on all ranks where one of
-        these differs."""
+        """Whether this is the first time since the balancer was made or its state was loaded; ValueError on all ranks
+        where one of these differs."""
         first, self.agreed = not self.agreed, True
         if first:
             self.ranks.same_everywhere(found)
