@@ -39,6 +39,7 @@ class Ranks:
         self.scatters = dist.get_backend(group) != "gloo"
         """Whether a reduce-scatter sends less than an all-reduce."""
         self.reached = Reached(self)
+        self._loss_dtype = torch.get_default_dtype()
         self._averaged: int | None = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Ranks:
@@ -59,6 +60,8 @@ class Ranks:
 
     def losses(self, values: Tensor, ids: Sequence[int], tasks: int) -> GlobalLosses:
         """From this rank's losses [A] of the tasks `ids`. Waits for the device only where tasks are missing here."""
+        if len(ids):
+            self._loss_dtype = values.dtype
         both = torch.zeros(2, tasks, dtype=torch.float64, device=values.device)
         if len(ids) == tasks:
             both[0].copy_(values)
@@ -77,7 +80,7 @@ class Ranks:
             at = torch.tensor(ids, device=values.device)
             sums, counts = sums[at], counts[at]
         share = (1 if self._averaged is None else self.size) / counts
-        return GlobalLosses(ids, (sums / counts).to(values.dtype), share)
+        return GlobalLosses(ids, (sums / counts).to(self._loss_dtype), share)
 
     def same_everywhere(self, found: dict[str, Any]) -> None:
         """ValueError on all ranks where one of these differs between them."""
