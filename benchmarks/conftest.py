@@ -13,7 +13,8 @@ import pytest
 import torch
 
 import igb_kernels as igb
-from benchmarks.machine import commit, cpu_name
+from igb_kernels.bench.machine import commit
+from igb_kernels.doctor.installation import processor
 
 Contender = Callable[..., object]
 
@@ -176,7 +177,7 @@ def pytest_benchmark_update_machine_info(config, machine_info) -> None:
     machine_info.clear()
     machine_info.update(
         kept,
-        cpu=cpu_name(),
+        cpu=processor(),
         cores=os.cpu_count(),
         threads=torch.get_num_threads(),
         torch=torch.__version__,
@@ -226,7 +227,7 @@ def pytest_terminal_summary(terminalreporter, config) -> None:
         return
     terminalreporter.section("ratios (below 1: ours is faster)")
     terminalreporter.write_line(
-        f"{cpu_name()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, torch {torch.__version__}"
+        f"{processor()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, torch {torch.__version__}"
     )
     for bench in benchmarks.benchmarks:
         terminalreporter.write_line(f"{bench.name}: {_table_line(bench.extra_info)}")

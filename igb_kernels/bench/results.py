@@ -23,13 +23,16 @@ class Timing:
     high: float
     """The upper quartile, ms."""
     rounds: int
+    host_ms: float | None = None
+    """Where the others are a GPU's time: the median of the host's, until the call returns."""
 
     @staticmethod
-    def of(seconds: Sequence[float]) -> Timing:
-        """From the rounds' times in seconds."""
+    def of(seconds: Sequence[float], host: Sequence[float] = ()) -> Timing:
+        """From the rounds' times in seconds, and the host's where they are a GPU's."""
         ms = [1e3 * s for s in seconds]
         low, _, high = statistics.quantiles(ms, n=4, method="inclusive") if len(ms) > 1 else (*ms, *ms, *ms)
-        return Timing(statistics.median(ms), low, high, len(ms))
+        host_ms = 1e3 * statistics.median(host) if host else None
+        return Timing(statistics.median(ms), low, high, len(ms), host_ms)
 
 
 @dataclass(frozen=True)
