@@ -188,6 +188,8 @@ def run(given: argparse.Namespace) -> int:
         given.error(str(error))
     if given.figure is not None and find_spec("matplotlib") is None:
         remarks.append("matplotlib is not installed: no figure")
+    if options.device.type == "cuda":
+        torch.cuda.set_device(options.device)
     harness = Harness(options.device)
     harness.remarks += remarks
     load, cores = os.getloadavg()[0], os.cpu_count() or 1

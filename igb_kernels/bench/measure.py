@@ -256,8 +256,9 @@ class _DeviceTurn(_Turn):
         return self._run(0.0)[1]
 
     def warm(self) -> float:
-        self._run(0.0)
         host, _ = self._run(0.0)
+        if host < Harness.LONG:
+            host, _ = self._run(0.0)
         self._lead = min(1.5 * host + 1e-4, Harness.LONGEST_LEAD)
         return self._run(self._lead)[1]
 
