@@ -188,7 +188,7 @@ def run(given: argparse.Namespace) -> int:
         given.error(str(error))
     if given.figure is not None and find_spec("matplotlib") is None:
         remarks.append("matplotlib is not installed: no figure")
-    if options.device.type == "cuda":
+    if options.device.type == "cuda" and options.device.index is not None:
         torch.cuda.set_device(options.device)
     harness = Harness(options.device)
     harness.remarks += remarks
