@@ -24,9 +24,10 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 import igb_kernels as igb
-from benchmarks.machine import commit, cpu_name
 from benchmarks.models import MODELS, Task
 from benchmarks.peers import libmtl
+from igb_kernels.bench.machine import commit
+from igb_kernels.doctor.installation import processor
 
 Step = Callable[[Tensor, list[Tensor]], object]
 """Makes `.grad` from the representation and the losses."""
@@ -215,7 +216,7 @@ def machine(device: torch.device) -> dict[str, object]:
     gpu = {"gpu": torch.cuda.get_device_name(), "cuda": torch.version.cuda} if device.type == "cuda" else {}
     return {
         "device": device.type,
-        "cpu": cpu_name(),
+        "cpu": processor(),
         **gpu,
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
