@@ -233,7 +233,7 @@ class _DeviceTurn(_Turn):
 
     def _run(self, lead: float) -> tuple[float, float]:
         """Seconds of the host and of the device."""
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
         arguments = self._prepare()
         torch.cuda.synchronize()
         torch.cuda._sleep(int(Harness.CYCLES_PER_SECOND * lead))  # type: ignore[no-untyped-call]
