@@ -1,14 +1,17 @@
-"""`python -m igb_kernels`: what runs here and whether it is right, and where the time of a script's steps goes."""
+"""`python -m igb_kernels`: what runs here, whether it is right and how fast, and where the time of a script's steps
+goes."""
 
 from __future__ import annotations
 
 import argparse
 import contextlib
 import json
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from igb_kernels.bench import command as benchmarks
 from igb_kernels.printing import show
 
 
@@ -75,12 +78,19 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("script", type=Path)
     command.add_argument("arguments", nargs=argparse.REMAINDER, help="the script's own arguments")
     command.set_defaults(run=profile)
+
+    command = commands.add_parser(
+        "bench", parents=[shared], help="time operations, solvers and steps beside a copy, PyTorch and other libraries"
+    )
+    benchmarks.add_arguments(command)
+    command.set_defaults(run=benchmarks.run, error=command.error)
     return whole
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Returns the exit code."""
     options = parser().parse_args(arguments)
+    options.line = shlex.join(["python", "-m", "igb_kernels", *(sys.argv[1:] if arguments is None else arguments)])
     result: int = options.run(options)
     return result
 
