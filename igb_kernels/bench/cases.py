@@ -35,6 +35,8 @@ class Options:
     backend: str = "auto"
     methods: tuple[str, ...] = ()
     """May hold names of other suites that run with this one: take those that `accepts` knows."""
+    models: tuple[str, ...] = ()
+    """Of `bench.models`, those whose steps are measured."""
     peers: tuple[str, ...] = ()
     """Of "torchjd" and "libmtl", those to compare with; all are installed."""
     quick: bool = False

@@ -21,6 +21,7 @@ from igb_kernels.bench import peers
 from igb_kernels.bench.cases import Case, Options, Suite, number
 from igb_kernels.bench.machine import results
 from igb_kernels.bench.measure import COPY, Harness
+from igb_kernels.bench.models import ALL, LONGEST, MODELS
 from igb_kernels.bench.results import Measurement, Results, Rival
 from igb_kernels.ops import DTYPES, MAX_TASKS
 from igb_kernels.printing import Section, show
@@ -61,6 +62,8 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     add("--device", type=_device, default=None, help="cpu, cuda or cuda:N (default: cuda where there is one)")
     add("--backend", type=_one_of("backend", ("auto", *BACKENDS)), default="auto", help="ours (default: auto)")
     add("--methods", type=_many(str), default=(), metavar="NAME,...", help="operations, methods, rules (default: all)")
+    add("--models", type=_many(_one_of("model", (*MODELS, ALL))), default=(), metavar="NAME,...",
+        help=f"of steps: {', '.join(MODELS)}; or all of at most {LONGEST:g} s (default: the first 3)")  # fmt: skip
     add("--compare", type=_compare, default=("all",), metavar="NAME,...",
         help=f"other libraries: {', '.join(peers.MODULES)}; all that are installed (default), or none")  # fmt: skip
     add("--seconds", type=_seconds, default=SECONDS,
@@ -94,6 +97,7 @@ def options_of(given: argparse.Namespace) -> tuple[tuple[str, ...], Options, lis
         device=device,
         backend=given.backend,
         methods=given.methods,
+        models=given.models,
         peers=tuple(name for name in asked if name in there),
         quick=given.quick or not given.suites,
     )

@@ -17,6 +17,9 @@ from igb_kernels.bench.models.small import cnn, mlp
 from igb_kernels.bench.models.vision import resnet, segnet_mtan, vit
 
 __all__ = [
+    "ALL",
+    "LONGEST",
+    "LONGEST_NAMED",
     "MODELS",
     "SMALL",
     "Load",
@@ -27,6 +30,11 @@ __all__ = [
     "squared_error",
 ]
 
+ALL = "all"
+"""In the place of names."""
+LONGEST = 2.0
+"""Seconds that the passes of a step may take, for models that were not asked for by name."""
+LONGEST_NAMED = 60.0
 SMALL = ("mlp-33k", "mlp-5.8m", "cnn-4.7m")
 """Those with short steps, the same on all devices."""
 
