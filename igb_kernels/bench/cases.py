@@ -39,6 +39,8 @@ class Options:
     """Of `bench.models`, those whose steps are measured."""
     peers: tuple[str, ...] = ()
     """Of "torchjd" and "libmtl", those to compare with; all are installed."""
+    memory: bool = False
+    """Whether the peak memory of steps is measured, too."""
     quick: bool = False
     """Small sizes and few cases."""
 

@@ -68,6 +68,7 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
         help=f"other libraries: {', '.join(peers.MODULES)}; all that are installed (default), or none")  # fmt: skip
     add("--seconds", type=_seconds, default=SECONDS,
         help="how long all may take, about: there is a least number of rounds (default: %(default)g)")  # fmt: skip
+    add("--memory", action="store_true", help="also the peak memory of steps, beyond that of the K backward passes")
     add("--quick", action="store_true", help="small sizes, and the best-known methods")
     add("--save", type=_in_folder(".json"), metavar="PATH.json", help="where to keep the results")
     add("--figure", type=_in_folder(*FIGURES), metavar="PATH.png", help="where to draw them; also .svg and .pdf")
@@ -98,6 +99,7 @@ def options_of(given: argparse.Namespace) -> tuple[tuple[str, ...], Options, lis
         backend=given.backend,
         methods=given.methods,
         models=given.models,
+        memory=given.memory,
         peers=tuple(name for name in asked if name in there),
         quick=given.quick or not given.suites,
     )
@@ -301,8 +303,20 @@ def _table(name: str, measurements: Sequence[Measurement]) -> Section:
         for name, rival in m.rivals.items()
         if rival.speed_up and rival.note
     )
+    notes += [
+        f"{m.name}, K = {m.tasks}, {m.model}: peak memory beyond the bare passes, in gradients: "
+        + ", ".join(f"{who} {extra / (4 * m.params):.1f}" for who, extra in held.items())
+        for m in measurements
+        if (held := _held(m))
+    ]
     backend = ", ".join(dict.fromkeys(f"{m.backend} on {m.device}" for m in measurements))
     return Section(f"{name} ({backend})", kept, rows, notes)
+
+
+def _held(m: Measurement) -> dict[str, int]:
+    """Bytes beyond the bare passes, of ours and the rivals."""
+    held = {"ours": m.extra_bytes, **{name: rival.extra_bytes for name, rival in m.rivals.items()}}
+    return {name: extra for name, extra in held.items() if extra is not None}
 
 
 def _speed_up(rival: Rival | None) -> str:

@@ -3,7 +3,7 @@ the same step by the reference backend, in plain PyTorch and by other libraries.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from inspect import signature
@@ -14,10 +14,10 @@ from torch import Tensor
 
 from igb_kernels.backends import FASTEST_FIRST, backends, resolve
 from igb_kernels.balancer import Balancer
-from igb_kernels.bench import eager
+from igb_kernels.bench import eager, loops
 from igb_kernels.bench.cases import Case, Options
-from igb_kernels.bench.loops import STEPS, NotThere, Scale
 from igb_kernels.bench.measure import Contender, Copy, Harness
+from igb_kernels.bench.memory import peak_bytes
 from igb_kernels.bench.models import (
     ALL,
     LONGEST,
@@ -45,6 +45,9 @@ EAGER_TOLERANCE = 1e-2
 ANGLE = 0.05
 """Of another library's update and the truth, in radians (a cosine of 0.99875): other solvers stop earlier, and other
 conventions have another length."""
+PROFILED_STEPS = 3
+"""In whose last, all state is there."""
+PASSES, COPIED, EAGER = "passes", "passes + copy", "eager"
 WITH_FORWARD = "with forward"
 """Ours again, as other libraries' steps are timed: with the forward pass."""
 
@@ -90,12 +93,12 @@ def measure(
     step = WholeStep(model.build(tasks, device), method, options.backend)
     own = options.backend_name()
     rivals = {other: step.balanced(other) for other in FASTEST_FIRST[device.type] if other != own and backends()[other]}
-    rivals |= {"passes": step.passes(), "passes + copy": step.passes_and_copy()}
+    rivals |= {PASSES: step.passes(), COPIED: step.passes_and_copy()}
     if reason := model.left_out(tasks, device, copies=4):
         harness.remark(f"without plain PyTorch and the reference, {reason}")
     else:
         if (flat := step.eager()) is not None:
-            rivals["eager"] = flat
+            rivals[EAGER] = flat
         if own != "reference":
             rivals["reference"] = step.balanced("reference")
     compare = partial(
@@ -109,23 +112,35 @@ def measure(
         model=model.name,
     )
     found = compare(step.balanced(options.backend), rivals)
-    peers = {}
-    for library in options.peers:
-        try:
-            peers[library] = step.of_library(library)
-        except NotThere as reason:
-            harness.remark(str(reason))
-    if not peers:
+    if peers := step.of_libraries(options.peers, harness):
+        rounds = harness.rounds
+        with quiet():
+            whole = compare(step.balanced_with_forward(), peers)
+        harness.rounds = rounds
+        timed = Rival(
+            whole.timing,
+            None if whole.note else whole.timing.ms / found.timing.ms,
+            whole.error,
+            whole.note or "our own step with its forward pass: other libraries' speed-ups are over this",
+        )
+        found = replace(found, rivals={**found.rivals, WITH_FORWARD: timed, **whole.rivals})
+    if not options.memory:
         return found
+    del rivals, peers
     with quiet():
-        whole = compare(step.balanced_with_forward(), peers)
-    ours = Rival(
-        whole.timing,
-        None if whole.note else whole.timing.ms / found.timing.ms,
-        whole.error,
-        whole.note or "our own step with its forward pass: other libraries' speed-ups are over this",
-    )
-    return replace(found, rivals={**found.rivals, WITH_FORWARD: ours, **whole.rivals})
+        return _with_memory(found, step, options.backend)
+
+
+def _with_memory(found: Measurement, step: WholeStep, backend: str) -> Measurement:
+    """Beyond the bare passes; of contenders anew, so that what they keep between steps counts."""
+    floor = step.peak_bytes(step.passes())
+    extra = {
+        name: replace(rival, extra_bytes=step.peak_bytes(step.anew(name)) - floor)
+        for name, rival in found.rivals.items()
+        if name not in (PASSES, COPIED, WITH_FORWARD)
+    }
+    ours = step.peak_bytes(step.balanced(backend)) - floor
+    return replace(found, extra_bytes=ours, rivals={**found.rivals, **extra})
 
 
 class WholeStep:
@@ -140,10 +155,10 @@ class WholeStep:
         self.task, self.method, self._backend = task, method, backend
         self._truth: Tensor | None = None
 
-    def balancer(self, backend: str) -> Balancer:
-        """Anew."""
+    def balancer(self, backend: str, **options: Any) -> Balancer:
+        """Anew, with further arguments of `Balancer`."""
         rule, method = _parts(self.method, len(self.task.heads))
-        return Balancer(method, rule, shared=self.task.shared, backend=backend)
+        return Balancer(method, rule, shared=self.task.shared, backend=backend, **options)
 
     def losses(self) -> tuple[list[Tensor]]:
         """From a forward pass, without `.grad`."""
@@ -227,16 +242,44 @@ class WholeStep:
         )
         return Contender(call, partial(self.distance, call), EAGER_TOLERANCE, self.losses)
 
+    def of_libraries(self, libraries: Iterable[str], harness: Harness) -> dict[str, Contender]:
+        """Those that take such a step; a remark says of the others why not."""
+        found = {}
+        for library in libraries:
+            try:
+                found[library] = self.of_library(library)
+            except loops.NotThere as reason:
+                harness.remark(str(reason))
+        return found
+
     def of_library(self, library: str) -> Contender:
         """By another library, from the batch on; raises NotThere."""
         rule, _, method = self.method.rpartition("+")
         if rule and rule not in SCALES:
-            raise NotThere(f"{library} is not compared at {self.method}: it has no {rule}")
-        call = STEPS[library](self.task, method, SCALES[rule])
+            raise loops.NotThere(f"{library} is not compared at {self.method}: it has no {rule}")
+        call = loops.STEPS[library](self.task, method, SCALES[rule])
         note = "forward pass included in both"
         if rule:
             note += f"; {rule} in plain PyTorch before"
         return Contender(call, partial(self.angle, call), ANGLE, self._without_grad, note, foreign=True)
+
+    def anew(self, rival: str) -> Contender:
+        """By a backend, by a library, or in plain PyTorch."""
+        if rival in loops.STEPS:
+            return self.of_library(rival)
+        flat = self.eager() if rival == EAGER else None
+        return self.balanced(rival) if flat is None else flat
+
+    def peak_bytes(self, contender: Contender) -> int:
+        """The most that its steps hold at a time, forward passes included, beyond what is held before them."""
+
+        def run() -> None:
+            for _ in range(PROFILED_STEPS):
+                contender.call(*(contender.setup or tuple)())
+            self.task.zero_grad()
+
+        self.task.zero_grad()
+        return peak_bytes(run, self.task.device)
 
 
 def _parts(name: str, tasks: int) -> tuple[LossBalancer | None, GradientBalancer]:
@@ -259,5 +302,10 @@ def _igb_v1(losses: list[Tensor]) -> list[Tensor]:
     return [loss * s for loss, s in zip(losses, len(losses) * values.softmax(dim=0) / values, strict=True)]
 
 
-SCALES: dict[str, Scale] = {"": list, "none": list, "igb_v1": _igb_v1, "log": lambda losses: [t.log() for t in losses]}
+SCALES: dict[str, loops.Scale] = {
+    "": list,
+    "none": list,
+    "igb_v1": _igb_v1,
+    "log": lambda losses: [t.log() for t in losses],
+}
 """Loss-balancing rules in a line of PyTorch, for libraries that do not have them; IGBv1 with base losses of 1."""
