@@ -263,7 +263,7 @@ def progress(count: int) -> Iterator[Callable[[str, float], None]]:
 def sections(found: Results, remarks: Sequence[str] = ()) -> list[Section]:
     """A table of each suite."""
     machine = found.machine
-    where = f"{machine['device']}, {machine['threads']} threads, torch {machine['torch']}, commit {found.commit}"
+    where = f"{machine['device']}, threads: {machine['threads']}, torch {machine['torch']}, commit {found.commit}"
     parts = [
         Section(where, notes=["Median and quartiles of a call; × is their time over ours: above 1, ours is faster."])
     ]
