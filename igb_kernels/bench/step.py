@@ -47,7 +47,7 @@ ANGLE = 0.05
 conventions have another length."""
 PROFILED_STEPS = 3
 """In whose last, all state is there."""
-PASSES, COPIED, EAGER = "passes", "passes + copy", "eager"
+PASSES, COPIED, EAGER, REFERENCE = "passes", "passes + copy", "eager", "reference"
 WITH_FORWARD = "with forward"
 """Ours again, as other libraries' steps are timed: with the forward pass."""
 
@@ -99,8 +99,8 @@ def measure(
     else:
         if (flat := step.eager()) is not None:
             rivals[EAGER] = flat
-        if own != "reference":
-            rivals["reference"] = step.balanced("reference")
+        if own != REFERENCE:
+            rivals[REFERENCE] = step.balanced(REFERENCE)
     compare = partial(
         harness.measure,
         suite="step",
@@ -188,13 +188,15 @@ class WholeStep:
     def truth(self) -> Tensor:
         """The first update by the reference backend."""
         if self._truth is None:
-            self.balancer("reference").backward(*self.losses())
+            self.balancer(REFERENCE).backward(*self.losses())
             self._truth = self.update()
         return self._truth
 
     def balanced(self, backend: str) -> Contender:
         """By a balancer."""
         call = self.balancer(backend).backward
+        if backend == REFERENCE:
+            return Contender(call, setup=self.losses, note="the truth of all errors")
         return Contender(call, partial(self.distance, call), TOLERANCE, self.losses)
 
     def balanced_with_forward(self) -> Contender:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass, replace
+from functools import cache
 from typing import Any
 
 import torch
@@ -214,8 +215,9 @@ class Model:
         return ""
 
 
+@cache
 def matrix_flops_per_second(device: torch.device) -> float:
-    """What products of matrices come to here, in float32: a bound on how fast a model can run."""
+    """What products of matrices come to here, in float32: a bound on how fast a model can run. Measured once."""
 
     def synchronize() -> None:
         if device.type == "cuda":
