@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
 # Builds with nvcc, tests and measures on the GPU of this machine, and says at the end what failed. Needs no network and
 # no .venv: PYTHON (python3) must have torch, triton, pybind11, cmake, ninja, setuptools, pytest, pytest-benchmark and
-# hypothesis. STAGES chooses some of: build tests memcheck racecheck initcheck bench memory, and models, the steps of large
-# models, which BUDGET has no room for beside the others. RESULTS is where the figures go. What has not ended after BUDGET seconds in all is interrupted, and has failed.
+# hypothesis. STAGES chooses some of: build tests memcheck racecheck initcheck bench memory, and models (steps of large
+# models, for which BUDGET has no room beside the others). RESULTS is where the figures go. What has not ended after BUDGET
+# seconds in all is interrupted, and has failed.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 PYTHON=${PYTHON:-python3}

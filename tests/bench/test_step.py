@@ -154,6 +154,22 @@ def test_what_is_too_large_is_left_out():
     assert remark.startswith("vit-b with 3 tasks is left out: its passes alone take about")
 
 
+def test_steps_are_of_float32():
+    harness = Harness(seconds=1e-3, least_rounds=1, most_rounds=1)
+    both = Options(dtypes=(torch.bfloat16, torch.float32))
+    assert step.measure(NET, 3, "equal", Options(dtypes=(torch.bfloat16,)), 60.0, harness) is None
+    assert harness.remarks == ["steps are measured in float32 alone"]
+    assert step.measure(NET, 3, "equal", both, 60.0, harness).dtype == "float32"
+
+
+def test_the_reference_may_be_ours():
+    harness = Harness(seconds=1e-3, least_rounds=1, most_rounds=1)
+    found = step.measure(NET, 3, "imtl_g", Options(backend="reference"), 60.0, harness)
+    assert (found.backend, found.error) == ("reference", 0.0)
+    assert set(found.rivals) == {"cpu", "passes", "passes + copy", "eager"}
+    assert found.rivals["cpu"].error < 1e-5
+
+
 def test_cases():
     labels = [case.label for case in step.cases(Options())]
     assert len(labels) == len(SMALL) * len(step.TASKS) * len(step.DEFAULTS)
