@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -32,6 +33,8 @@ SECONDS = 60.0
 LEAST_SECONDS = 0.02
 """Of a case."""
 FIGURES = (".png", ".svg", ".pdf")
+BUSY = 0.75
+"""Of the cores: with a larger load, times are not to be trusted."""
 
 
 def suite(name: str) -> Suite:
@@ -193,6 +196,9 @@ def run(given: argparse.Namespace) -> int:
         remarks.append("matplotlib is not installed: no figure")
     harness = Harness(options.device)
     harness.remarks += remarks
+    load, cores = os.getloadavg()[0], os.cpu_count() or 1
+    if load > BUSY * cores:
+        harness.remark(f"the machine is busy (load {load:.1f}, {cores} cores), from which long calls suffer most")
     cases = [case for name in suites for case in suite(name).cases(options)]
     found = results(list(measured(cases, harness, given.seconds)), given.line, options.device)
     if given.save is not None:

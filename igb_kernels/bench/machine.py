@@ -34,6 +34,7 @@ def machine(device: torch.device | str = "cpu") -> dict[str, Any]:
         "cpu": processor(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
+        "load": round(os.getloadavg()[0], 2),
         "gpu": torch.cuda.get_device_name(device) if gpu else None,
         "driver": driver() if gpu else None,
         "cuda": torch.version.cuda,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -165,7 +164,6 @@ class Harness:
         close = [name for name in names if usual[name] <= self.SLOW * usual[names[0]]]
         slow = [name for name in names if name not in close]
         rounds = {name: Rounds() for name in names}
-        gc.collect()
         began, slow_time, i = time.perf_counter(), sum(usual[name] for name in slow), 0
         while i < self.least_rounds or (time.perf_counter() - began < self.seconds and i < self.most_rounds):
             for name in close if i % 2 == 0 else close[::-1]:
