@@ -1,0 +1,412 @@
+"""The report's sections, each of the measurements that it shows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from itertools import groupby
+from typing import Any
+from xml.etree.ElementTree import Element
+
+from igb_kernels.bench.fits import Fit, fit
+from igb_kernels.bench.results import Measurement, Rival
+from igb_kernels.report.charts import Axis, Line, Row, bar, drawable, key, log_chart, ratio_chart
+from igb_kernels.report.nodes import node
+from igb_kernels.report.summary import NAMES, disagreements
+from igb_kernels.report.words import count, digits, power, size, time, time_at_tick
+
+LOOKS = {"copy": "copy", "reference": "reference", "eager": "eager", "torchjd": "torchjd", "libmtl": "libmtl",
+         "passes": "passes", "native": "native", "native call": "native"}  # fmt: skip
+RAMP = 6
+TIME = Axis("", time_at_tick)
+TASKS = "tasks K"
+PARAMS = "elements D"
+
+
+def look_of(rival: str) -> str:
+    """The class of a rival's colour and mark."""
+    return LOOKS.get(rival.lower(), "other")
+
+
+def section(title: str, said: str, *parts: Element | None) -> list[Element]:
+    """A heading, a sentence, and what there is; nothing where there is nothing."""
+    there = [part for part in parts if part is not None]
+    return [node("h3", title), node("p", said, class_="soft"), *there] if there else []
+
+
+def _charts(figures: Iterable[Element | None]) -> Element | None:
+    there = [figure for figure in figures if figure is not None]
+    return node("div", there, class_="charts") if there else None
+
+
+def _figure(title: str, chart: Element | None, *caption: Element | str) -> Element | None:
+    said = node("figcaption", list(caption)) if caption else None
+    return None if chart is None else node("figure", node("h4", title), chart, said)
+
+
+def legend(looks: dict[str, str]) -> Element | None:
+    """Marks by name, in the order of `LOOKS`."""
+    return node("ul", [node("li", key(look), name) for name, look in looks.items()], class_="legend") if looks else None
+
+
+def _rivals_in(measurements: Iterable[Measurement], leave_out: Sequence[str] = ()) -> dict[str, str]:
+    found = {name for m in measurements for name in m.rivals} - set(leave_out)
+    order = list(LOOKS)
+    names = sorted(found, key=lambda name: (order.index(name.lower()) if name.lower() in order else 99, name))
+    return {NAMES.get(name, name): look_of(name) for name in names}
+
+
+def kind(m: Measurement, among: Sequence[Measurement]) -> str:
+    """Name and dtype, and the device and the backend where there are several."""
+    words = [m.name, m.dtype]
+    words += [m.device] if len({other.device for other in among}) > 1 else []
+    words += [m.backend] if len({other.backend for other in among}) > 1 else []
+    return ", ".join(words)
+
+
+def _groups(
+    measurements: Sequence[Measurement], by: Callable[[Measurement], str]
+) -> list[tuple[str, list[Measurement]]]:
+    return [(name, list(group)) for name, group in groupby(sorted(measurements, key=by), key=by)]
+
+
+def says(m: Measurement, who: str = "igb_kernels", ms: float | None = None) -> str:
+    """For under the pointer."""
+    at = f"K = {m.tasks}" + (f", D = {count(m.params)}" if m.params else "")
+    return f"{who}: {time(m.timing.ms if ms is None else ms)} ({at})"
+
+
+# ---- Bandwidth ----------------------------------------------------------------------------------------------------
+
+
+def bandwidth(measurements: Sequence[Measurement]) -> list[Element]:
+    """GB/s against the copy's."""
+    known = [m for m in measurements if m.gb_per_s is not None and m.of_copy is not None]
+    bars = [m for m in known if m.suite != "scaling"]
+    curves = [m for m in known if m.suite == "scaling"]
+    looks = {"igb_kernels": "ours", "a copy": "copy"}
+    return section(
+        "Bandwidth: the roof is a copy",
+        "Bytes that an ideal implementation reads and writes, over the time it took; the line is a copy that moves as "
+        "many bytes, measured between the same rounds. More than a copy is possible: reading is cheaper than writing.",
+        _bandwidth_table(bars),
+        legend(looks) if curves else None,
+        _charts(_bandwidth_chart(*group) for group in _groups(curves, lambda m: kind(m, curves))),
+    )  # fmt: skip
+
+
+def _bandwidth_table(measurements: Sequence[Measurement]) -> Element | None:
+    if not measurements:
+        return None
+    whole = max([1.0, *(m.of_copy for m in measurements if m.of_copy is not None)]) * 1.02
+    rows = []
+    for m in sorted(measurements, key=lambda m: (m.dtype, m.device, m.name, m.params, m.tasks)):
+        rate, fraction = digits(m.gb_per_s or 0.0), m.of_copy or 0.0
+        part = f"{digits(100 * fraction)} %"
+        drawn = bar([(fraction, "ours", f"{rate} GB/s, {part} of the copy's")], whole, mark=1.0)
+        sizes = [number(str(m.tasks)), number(count(m.params)), number(size(m.moved_bytes or 0))]
+        place = node("td", drawn, class_="wide")
+        rows.append([node("td", kind(m, measurements)), *sizes, place, number(rate), number(part)])
+    return table([("operation", ""), ("K", "number"), ("D", "number"), ("moves", "number"), ("line: copy", ""),
+                  ("GB/s", "number"), ("of copy", "number")], rows)  # fmt: skip
+
+
+def _bandwidth_chart(title: str, group: Sequence[Measurement]) -> Element | None:
+    lines = []
+    for tasks in sorted({m.tasks for m in group}):
+        inner = sorted((m for m in group if m.tasks == tasks), key=lambda m: m.moved_bytes or 0)
+        points = [(float(m.moved_bytes or 0), m.gb_per_s or 0.0) for m in inner]
+        labels = [f"K = {m.tasks}, D = {count(m.params)}: {digits(m.gb_per_s or 0)} GB/s" for m in inner]
+        lines.append(Line(points, "ours", labels))
+    copies = sorted((float(m.moved_bytes or 0), (m.moved_bytes or 0) / m.rivals["copy"].timing.ms / 1e6) for m in group)
+    lines.insert(0, Line(copies, "copy", [f"copy of {size(a)}: {digits(b)} GB/s" for a, b in copies]))
+    return _figure(title, log_chart(f"{title}: GB/s over bytes moved", lines, Axis("bytes moved", size),
+                                    Axis("", lambda value: f"{digits(value, 2)} GB/s")))  # fmt: skip
+
+
+# ---- Scaling ------------------------------------------------------------------------------------------------------
+
+
+def scaling(measurements: Sequence[Measurement]) -> list[Element]:
+    """Over K and D."""
+    known = [m for m in measurements if m.suite == "scaling" and m.params]
+    figures = []
+    for title, group in _groups(known, lambda m: kind(m, known)):
+        law = fit((m.tasks, m.params, m.timing.ms) for m in group)
+        figures += [_over(title, group, law, False), _over(title, group, law, True)]
+    return section(
+        "Scaling in K and D",
+        "Points are medians; dashed lines are the law that was fitted to them, a constant overhead and a power law.",
+        _charts(figures),
+    )
+
+
+def _over(title: str, group: Sequence[Measurement], law: Fit | None, tasks: bool) -> Element | None:
+    """Over K, a line for each D, or the other way around."""
+
+    def across(m: Measurement) -> int:
+        return m.tasks if tasks else m.params
+
+    def beside(m: Measurement) -> int:
+        return m.params if tasks else m.tasks
+
+    values = sorted({beside(m) for m in group})
+    lines: list[Line] = []
+    for i, value in enumerate(values):
+        inner = sorted((m for m in group if beside(m) == value), key=across)
+        look = f"k{round(i * (RAMP - 1) / max(len(values) - 1, 1))}"
+        end = f"D {count(value)}" if tasks else f"K={value}"
+        points = [(float(across(m)), m.timing.ms) for m in inner]
+        if law is not None and len(drawable(points)) > 1:
+            lines.append(Line([(float(across(m)), law.ms(m.tasks, m.params)) for m in inner], f"{look} law"))
+        lines.append(Line(points, look, [says(m) for m in inner], end))
+    ticks = sorted({float(m.tasks) for m in group}) if tasks else None
+    x = Axis(TASKS, lambda value: f"{value:g}", ticks) if tasks else Axis(PARAMS, _elements)
+    where = f"{title}, over {'K' if tasks else 'D'}"
+    return _figure(where, log_chart(where, lines, x, TIME), *_law(law, group))
+
+
+def _elements(value: float) -> str:
+    return power(value) if str(int(value)).rstrip("0") == "1" else count(value)
+
+
+def _law(law: Fit | None, group: Sequence[Measurement]) -> list[Element | str]:
+    if law is None:
+        return ["Too few of these times leave the constant overhead behind to fit a law."]
+    said: list[Element | str] = [formula(law), f", from {law.points} points. "]
+    if law.overhead_ms:
+        said.append(f"A call takes {time(law.overhead_ms, 2)} however little there is to do")
+        fewest, most = min(m.tasks for m in group), max(m.tasks for m in group)
+        ends = [(k, end) for k in dict.fromkeys([fewest, most]) if (end := law.overhead_ends(k)) is not None]
+        if ends:
+            said.append("; the work takes longer than that from " + " and ".join(
+                f"D = {count(end)} on (K = {k})" for k, end in ends))  # fmt: skip
+        said.append(".")
+    return said
+
+
+def formula(law: Fit) -> Element:
+    """Of the power law."""
+    parts: list[Element | str] = ["time ∝ "]
+    for i, (name, exponent) in enumerate((n, e) for n, e in (("K", law.tasks), ("D", law.params)) if e is not None):
+        parts += [" · " if i else "", name, node("sup", str(exponent))]
+    return node("span", parts, class_="law-text")
+
+
+# ---- Solvers ------------------------------------------------------------------------------------------------------
+
+
+def solvers(measurements: Sequence[Measurement]) -> list[Element]:
+    """Over K, with all that find the same weights."""
+    known = [m for m in measurements if m.suite == "solvers"]
+    everything = [ms for m in known for ms in (m.timing.ms, *(r.timing.ms for r in m.rivals.values()))]
+    finite = [ms for _, ms in drawable((1.0, ms) for ms in everything)]
+    least = (min(finite), max(finite)) if finite else None
+    figures = [_solver(title, group, least) for title, group in _groups(known, lambda m: kind(m, known))]
+    return section(
+        "Solvers over K",
+        "One K×K solve, all on one scale. Where results disagree, the time is drawn, and no speed-up is given.",
+        legend({"igb_kernels": "ours", **_rivals_in(known)}) if known else None,
+        _charts(figures),
+    )
+
+
+def _solver(title: str, group: Sequence[Measurement], least: tuple[float, float] | None) -> Element | None:
+    inner = sorted(group, key=lambda m: m.tasks)
+    lines = [_rival_line(name, inner) for name in {name: None for m in inner for name in m.rivals}]
+    lines.append(Line([(float(m.tasks), m.timing.ms) for m in inner], "ours", [says(m) for m in inner]))
+    native = next((name for m in inner for name in m.rivals if look_of(name) == "native"), None)
+    timed = [(m, m.timing.ms if native is None else m.rivals[native].timing.ms) for m in inner
+             if native is None or native in m.rivals]  # fmt: skip
+    law = fit((m.tasks, 0, ms) for m, ms in timed)
+    caption: list[Element | str] = []
+    if law is not None:
+        caption = [formula(law), " of the native call" if native else "", f" from {law.points} points on."]
+    x = Axis(TASKS, lambda value: f"{value:g}", sorted({float(m.tasks) for m in inner}))
+    chart = log_chart(f"{title}: time over K", lines, x, Axis("", time_at_tick, None, least), 200)
+    return _figure(title, chart, *caption, *_wrong(inner))
+
+
+def _rival_line(name: str, measurements: Sequence[Measurement]) -> Line:
+    there = [(m, m.rivals[name]) for m in measurements if name in m.rivals]
+    return Line([(float(m.tasks), r.timing.ms) for m, r in there], look_of(name),
+                [says(m, NAMES.get(name, name), r.timing.ms) + _ratio_words(r) for m, r in there])  # fmt: skip
+
+
+def _ratio_words(rival: Rival) -> str:
+    return ", no speed-up: " + (rival.note or "?") if rival.speed_up is None else f", {digits(rival.speed_up)}×"
+
+
+def _wrong(measurements: Sequence[Measurement]) -> list[Element | str]:
+    return [
+        node("div", node("span", "No speed-up", class_="wrong"), f" over {NAMES.get(name, name)} at K = {m.tasks}: "
+             f"{r.note or 'results disagree'}")
+        for m, name, r in disagreements(measurements)
+    ]  # fmt: skip
+
+
+# ---- Steps --------------------------------------------------------------------------------------------------------
+
+
+def steps(measurements: Sequence[Measurement]) -> list[Element]:
+    """Speed-ups of whole steps, by model."""
+    known = [m for m in measurements if m.suite == "step"]
+    figures = [_steps_of(model, group) for model, group in _groups(known, lambda m: m.model or "")]
+    return section(
+        "Whole steps and peers",
+        "How many times as long the same step takes elsewhere. The K bare backward passes are the floor: at 1× "
+        "balancing would be free. ≠: results disagree, and there is no speed-up.",
+        legend(_rivals_in(known)) if known else None,
+        _charts(figures),
+    )  # fmt: skip
+
+
+def _steps_of(model: str, group: Sequence[Measurement]) -> Element | None:
+    inner = sorted(group, key=lambda m: (m.name, m.dtype, m.device, m.backend, m.tasks))
+    several = len({(m.dtype, m.device, m.backend) for m in inner}) > 1
+    rows = []
+    for m in inner:
+        known = [(look_of(n), r.speed_up, f"{NAMES.get(n, n)}: {digits(r.speed_up)}× ({time(r.timing.ms)}; ours "
+                  f"{time(m.timing.ms)})") for n, r in m.rivals.items() if r.speed_up is not None]  # fmt: skip
+        without = [(look_of(n), f"{NAMES.get(n, n)}: {r.note}") for n, r in m.rivals.items() if r.speed_up is None]
+        name = f"{m.name}, K={m.tasks}" + (f", {m.dtype}, {m.device}, {m.backend}" if several else "")
+        rows.append(Row(name, known, without))
+    title = f"{model}, {count(inner[0].params)} shared" if model else f"{count(inner[0].params)} shared"
+    chart = ratio_chart(f"{title}: speed-ups", rows, "times as fast", (0.8, 2.0))
+    return _figure(title, chart, *_wrong(inner))
+
+
+# ---- Profiles -----------------------------------------------------------------------------------------------------
+
+PARTS = {
+    "forward": "k0",
+    "loss scales": "other",
+    "Gramian and norms": "ours",
+    "averages": "k3",
+    "solver": "native",
+    "combine": "libmtl",
+    "between backward and optimizer": "reference",
+    "optimizer": "reference",
+}
+"""Looks of a step's parts."""
+
+
+def profile(name: str, figures: dict[str, Any]) -> Element:
+    """A step's parts, ours and with the reference backend."""
+    parts = _merged(figures["parts"])
+    ours = [(label, ms) for label, ms in parts if ms > 0]
+    theirs, compared = {}, [c for c in figures["compared"] if c["name"] != "all"]
+    for c in compared:
+        theirs[c["name"]] = float(c["reference_ms"])
+    whole = sum(ms for _, ms in ours)
+    reference = [(label, theirs.get(label, ms)) for label, ms in ours]
+    slower = sum(ms for _, ms in reference)
+    widest = max(whole, slower)
+    bars = [("igb_kernels", _stack(ours, widest), whole)]
+    bars += [("with the reference backend", _stack(reference, widest), slower)] if compared else []
+    rows = []
+    longest = max([ms for _, ms in [*ours, *reference]], default=0.0)
+    by_name = {c["name"]: c for c in figures["compared"]}
+    for label, ms in ours:
+        c = by_name.get(label)
+        reference_cells = [number(""), number("")]
+        if c is not None:
+            ratio = (
+                node("span", "results differ", class_="wrong") if not c["agree"] else f"{digits(c['ratio'] or 0.0)}×"
+            )
+            reference_cells = [number(time(float(c["reference_ms"]))), node("td", ratio, class_="number")]
+        rows.append([node("td", label), node("td", bar([(ms, _part_look(label), time(ms))], longest), class_="wide"),
+                     number(time(ms)), number(f"{100 * ms / whole:.1f} %"), *reference_cells])  # fmt: skip
+    header = [("part of the step", ""), ("", ""), ("time", "number"), ("share", "number"), ("reference", "number"),
+              ("ratio", "number")]  # fmt: skip
+    facts = (
+        f"{figures['device']}, torch {figures['torch']}, {figures['tasks']} tasks, medians of {figures['steps']} steps"
+    )
+    stacks = [[node("td", label), node("td", drawn, class_="wide"), number(time(ms))] for label, drawn, ms in bars]
+    said = [*figures["notes"], *figures["advice"]]
+    return node(
+        "figure", node("h4", str(figures["balancer"])), node("p", f"{name}: {facts}.", class_="soft"),
+        table([("", ""), ("a step", ""), ("", "number")], stacks), table(header, rows),
+        node("ul", [node("li", str(sentence)) for sentence in said]) if said else None,
+    )  # fmt: skip
+
+
+def _merged(parts: Sequence[dict[str, Any]]) -> list[tuple[str, float]]:
+    """Backward passes are one part."""
+    merged: dict[str, float] = {}
+    passes = sum(1 for part in parts if str(part["name"]).startswith("backward pass"))
+    for part in parts:
+        name = str(part["name"])
+        if name.startswith("backward pass") and passes > 1:
+            name = f"{passes} backward passes"
+        ms = part["host_ms"] if part["device_ms"] is None else part["device_ms"]
+        merged[name] = merged.get(name, 0.0) + float(ms)
+    return list(merged.items())
+
+
+def _part_look(label: str) -> str:
+    if "backward pass" in label:
+        return "passes"
+    return PARTS.get(label, "eager")
+
+
+def _stack(parts: Sequence[tuple[str, float]], whole: float) -> Element:
+    return bar([(ms, _part_look(label), f"{label}: {time(ms)}") for label, ms in parts], whole)
+
+
+# ---- Tables -------------------------------------------------------------------------------------------------------
+
+
+def number(text: str) -> Element:
+    """A cell of a table."""
+    return node("td", text, class_="number")
+
+
+def table(columns: Sequence[tuple[str, str]], rows: Iterable[Sequence[Element]]) -> Element:
+    """Of cells; columns have names and classes."""
+    head = node("tr", [node("th", name, class_=look or None, scope="col") for name, look in columns])
+    body = [node("tr", list(row)) for row in rows]
+    return node(
+        "div", node("table", node("thead", head), node("tbody", body), class_="full"), class_="scroll", tabindex="0"
+    )
+
+
+def tables(measurements: Sequence[tuple[int, Measurement]]) -> list[Element]:
+    """All of it; the numbers are those of the runs."""
+    elements = []
+    for suite, group in groupby(sorted(measurements, key=lambda pair: pair[1].suite), key=lambda pair: pair[1].suite):
+        rows = list(group)
+        memory = any(m.moved_bytes is not None for _, m in rows)
+        host = any(m.timing.host_ms is not None for _, m in rows)
+        model = any(m.model is not None for _, m in rows)
+        columns = [("run", ""), ("name", ""), *([("model", "")] if model else []), ("K", "number"), ("D", "number"),
+                   ("dtype", ""), ("on", ""), ("median", "number"), ("quartiles", ""), ("rounds", "number"),
+                   *([("host", "number")] if host else []), ("error", "number"),
+                   *([("moves", "number"), ("GB/s", "number")] if memory else []), ("rivals", "")]  # fmt: skip
+        elements += [node("h4", suite), table(columns, [_row(run, m, model, host, memory) for run, m in rows])]
+    return elements
+
+
+def _row(run: int, m: Measurement, model: bool, host: bool, memory: bool) -> list[Element]:
+    t = m.timing
+    return [
+        node("td", str(run)), node("td", m.name), *([node("td", m.model or "")] if model else []),
+        number(str(m.tasks)), number(count(m.params) if m.params else "–"), node("td", m.dtype),
+        node("td", f"{m.device}, {m.backend}"), number(time(t.ms)), node("td", _quartiles(t.low, t.high)),
+        number(str(t.rounds)), *([number("" if t.host_ms is None else time(t.host_ms))] if host else []),
+        number("–" if m.error is None else f"{m.error:.1e}"),
+        *([number("–" if m.moved_bytes is None else size(m.moved_bytes)),
+           number("–" if m.gb_per_s is None else digits(m.gb_per_s))] if memory else []),
+        node("td", [_rival(name, rival) for name, rival in m.rivals.items()]),
+    ]  # fmt: skip
+
+
+def _quartiles(low: float, high: float) -> str:
+    return f"{time(low)} – {time(high)}"
+
+
+def _rival(name: str, r: Rival) -> Element:
+    said = f"{NAMES.get(name, name)} {time(r.timing.ms)} ({_quartiles(r.timing.low, r.timing.high)}): "
+    ratio = node("span", "no speed-up", class_="wrong") if r.speed_up is None else f"{digits(r.speed_up)}×"
+    rest = [f"error {r.error:.1e}"] if r.error is not None else []
+    rest += [r.note] if r.note else []
+    return node("div", said, ratio, "".join(f", {part}" for part in rest))
