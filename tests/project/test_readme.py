@@ -32,7 +32,7 @@ def test_a_stale_table_is_named(name, tmp_path, monkeypatch, capsys):
 
 def test_a_table_that_is_not_there_or_not_known_is_named():
     assert readme.stale(TEXT.replace("<!-- table: ops -->", "")) == ["ops"]
-    with pytest.raises(ValueError, match="tables must be among machine, .*; found op"):
+    with pytest.raises(ValueError, match=r"tables must be among machine, .*; found op"):
         readme.stale(TEXT.replace("<!-- table: ops -->", "<!-- table: op -->"))
 
 
