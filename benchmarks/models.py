@@ -12,25 +12,6 @@ import torch
 from torch import Tensor, nn
 
 
-def resnet50_shapes() -> list[tuple[int, ...]]:
-    """The convolutions and batch norms of ResNet-50's four stages: 156 tensors, 23.5 million elements."""
-    shapes: list[tuple[int, ...]] = []
-
-    def conv(inputs: int, outputs: int, size: int) -> None:
-        shapes.extend([(outputs, inputs, size, size), (outputs,), (outputs,)])
-
-    inputs = 64
-    for width, blocks in ((64, 3), (128, 4), (256, 6), (512, 3)):
-        for block in range(blocks):
-            conv(inputs, width, 1)
-            conv(width, width, 3)
-            conv(width, 4 * width, 1)
-            if block == 0:
-                conv(inputs, 4 * width, 1)
-            inputs = 4 * width
-    return shapes
-
-
 @dataclass
 class Task:
     """A shared encoder with K linear heads and a batch."""

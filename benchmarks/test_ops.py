@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 import igb_kernels as igb
-from benchmarks import eager
-from benchmarks.models import resnet50_shapes
+from igb_kernels.bench import eager
+from igb_kernels.bench.gradients import resnet50_shapes
 
 TASKS = (3, 8)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 import igb_kernels as igb
-from benchmarks import eager
 from benchmarks.models import MODELS, Task, vit_l
+from igb_kernels.bench import eager
 
 METHODS: dict[str, Callable[[], igb.Balancer]] = {
     "igb_v1+nash_mtl": lambda: igb.NashMTL(),

@@ -1,15 +1,17 @@
-"""`python -m igb_kernels`: what runs here and whether it is right, where the time of a script's steps goes, and a page
-of what was measured."""
+"""`python -m igb_kernels`: what runs here, whether it is right and how fast, where the time of a script's steps goes,
+and a page of what was measured."""
 
 from __future__ import annotations
 
 import argparse
 import contextlib
 import json
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from igb_kernels.bench import command as benchmarks
 from igb_kernels.printing import show
 
 
@@ -108,6 +110,12 @@ def parser() -> argparse.ArgumentParser:
     command.set_defaults(run=profile)
 
     command = commands.add_parser(
+        "bench", parents=[shared], help="time operations, solvers and steps beside a copy, PyTorch and other libraries"
+    )
+    benchmarks.add_arguments(command)
+    command.set_defaults(run=benchmarks.run, error=command.error)
+
+    command = commands.add_parser(
         "report", parents=[shared], help="one HTML page of all results and profiles in a folder"
     )
     command.add_argument("folder", type=Path, metavar="DIR", help="with files of `bench` and of `profile --json`")
@@ -119,6 +127,7 @@ def parser() -> argparse.ArgumentParser:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Returns the exit code."""
     options = parser().parse_args(arguments)
+    options.line = shlex.join(["python", "-m", "igb_kernels", *(sys.argv[1:] if arguments is None else arguments)])
     result: int = options.run(options)
     return result
 

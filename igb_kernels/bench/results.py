@@ -41,7 +41,8 @@ class Rival:
 
     timing: Timing
     speed_up: float | None
-    """Their time over ours, the median of the rounds' ratios; None where the results disagree."""
+    """Their time over ours, the median of the rounds' ratios (of one that is slower by far and so has few rounds, the
+    ratio of the medians); None where the results disagree."""
     error: float | None = None
     """How far its result is from the float64 truth, relative; None: there is nothing to compare (a copy)."""
     note: str = ""
@@ -70,6 +71,8 @@ class Measurement:
     model: str | None = None
     rivals: dict[str, Rival] = field(default_factory=dict)
     """By name: "copy" (of `moved_bytes`), "reference", "eager", "torchjd", "libmtl", "passes" (the K bare passes)."""
+    note: str = ""
+    """Why our own result counts as wrong; there are no speed-ups then."""
 
     @property
     def gb_per_s(self) -> float | None:
@@ -95,9 +98,13 @@ class Results:
     """ISO 8601, UTC."""
     measurements: list[Measurement]
 
+    def to_json(self) -> str:
+        """What `load` reads."""
+        return json.dumps({"schema": SCHEMA, **asdict(self)}, indent=1)
+
     def save(self, path: Path) -> None:
         """As JSON."""
-        path.write_text(json.dumps({"schema": SCHEMA, **asdict(self)}, indent=1) + "\n")
+        path.write_text(self.to_json() + "\n")
 
     @staticmethod
     def load(path: Path) -> Results:

@@ -2,32 +2,43 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 
 def flatten(rows: list[list[Tensor]]) -> Tensor:
+    """[K, D]."""
     return torch.stack([torch.cat([g.flatten() for g in row]) for row in rows])
 
 
 def unflatten(flat: Tensor, like: list[Tensor]) -> list[Tensor]:
-    parts = flat.split([t.numel() for t in like])
+    """The tensors that make up `flat` [D]."""
+    parts = torch.split(flat, [t.numel() for t in like])
     return [part.view_as(t) for part, t in zip(parts, like, strict=True)]
 
 
 def gram(rows: list[list[Tensor]]) -> Tensor:
+    """J Jᵀ."""
     jacobian = flatten(rows)
     return jacobian @ jacobian.T
 
 
+def sq_norms(rows: list[list[Tensor]]) -> Tensor:
+    """The squared norms of the rows."""
+    return flatten(rows).square().sum(dim=1)
+
+
 def combine(rows: list[list[Tensor]], weights: Tensor) -> list[Tensor]:
+    """Jᵀ w."""
     return unflatten(weights.to(rows[0][0].dtype) @ flatten(rows), rows[0])
 
 
-def gram_and_combine(rows: list[list[Tensor]], weights: Tensor) -> list[Tensor]:
+def gram_and_combine(rows: list[list[Tensor]], weights: Tensor) -> tuple[Tensor, list[Tensor]]:
+    """Both, of one matrix."""
     jacobian = flatten(rows)
-    gram = jacobian @ jacobian.T
-    return unflatten((weights + 0 * gram[0]).to(jacobian.dtype) @ jacobian, rows[0])
+    return jacobian @ jacobian.T, unflatten(weights.to(jacobian.dtype) @ jacobian, rows[0])
 
 
 def ema_norms(state: Tensor, rows: list[list[Tensor]], decay: float) -> tuple[Tensor, Tensor]:
@@ -55,12 +66,12 @@ def sign_drop(rows: list[list[Tensor]]) -> list[Tensor]:
     return unflatten(total, rows[0])
 
 
-def step(losses: list[Tensor], shared: list[Tensor], weights_of: object) -> None:
+def step(losses: list[Tensor], shared: list[Tensor], weights_of: Callable[[Tensor], Tensor]) -> None:
     """A balanced step by flattening; `weights_of` maps the Gramian to weights."""
     rows = []
     for k, loss in enumerate(losses):
-        loss.backward(retain_graph=k + 1 < len(losses))
-        rows.append([p.grad.clone() for p in shared])
+        torch.autograd.backward(loss, retain_graph=k + 1 < len(losses))
+        rows.append([p.grad.clone() for p in shared if p.grad is not None])
         for p in shared:
             p.grad = None
     jacobian = flatten(rows)
