@@ -32,8 +32,9 @@ class Exponent:
 class Fit:
     """ms = overhead + constant · tasks^a · params^b, from measurements that take thrice the shortest time or more."""
 
-    overhead_ms: float
-    """What a call takes however little there is to do."""
+    overheads_ms: dict[int, float]
+    """What a call takes however few the elements, by the number of tasks, since more tasks have more tensors. Where
+    there are no elements to speak of, it is the same for any number of tasks."""
     constant_ms: float
     tasks: Exponent | None
     """a; None where all these measurements have as many tasks."""
@@ -41,15 +42,20 @@ class Fit:
     """b; None where all have as many elements, or none."""
     points: int
 
-    def ms(self, tasks: float, params: float) -> float:
-        """What the law says."""
-        return self.overhead_ms + self.work(tasks, params)
+    def ms(self, tasks: int, params: float) -> float:
+        """What the law says; the overhead is that of the nearest number of tasks that was measured."""
+        return self.overhead_ms(tasks) + self.work(tasks, params)
 
-    def overhead_ends(self, tasks: float) -> float | None:
-        """The elements from which on the work takes longer than the overhead, so many tasks given."""
+    def overhead_ms(self, tasks: int) -> float:
+        """Of the nearest number of tasks that was measured."""
+        return self.overheads_ms[min(self.overheads_ms, key=lambda known: abs(known - tasks))]
+
+    def overhead_ends(self, tasks: int) -> float | None:
+        """The elements from which on the work takes longer than the overhead, so many tasks given; None where it does
+        not grow with them."""
         if self.params is None or self.params.value <= 0:
             return None
-        return float((self.overhead_ms / self.work(tasks, 1.0)) ** (1 / self.params.value))
+        return float((self.overhead_ms(tasks) / self.work(tasks, 1.0)) ** (1 / self.params.value))
 
     def work(self, tasks: float, params: float) -> float:
         """Of which the overhead is no part."""
@@ -63,35 +69,44 @@ class Fit:
         return "time ∝ " + " · ".join(factors)
 
 
-def fit(points: Iterable[tuple[int, int, float]]) -> Fit | None:
+Point = tuple[int, int, float]
+
+
+def fit(points: Iterable[Point]) -> Fit | None:
     """The law through points (tasks, params, ms), by least squares of logarithms; None where fewer than three of them
     have left the overhead behind, or they differ in nothing.
 
     The overhead is what the shortest time has beyond the law, which is fitted to times without it: the two are found
     in turns."""
-    known = [(k, d, ms) for k, d, ms in points if math.isfinite(ms) and ms > 0]
-    shortest = min(known, key=lambda point: point[2], default=(1, 1, 0.0))
-    clear = [point for point in known if point[2] >= CLEAR * shortest[2]]
-    free = [i for i in (0, 1) if len({max(point[i], 1) for point in clear}) > 1]
+    known = [(max(k, 1), max(d, 1), ms) for k, d, ms in points if math.isfinite(ms) and ms > 0]
+    shortest = _shortest(known)
+    clear = [point for point in known if point[2] >= CLEAR * shortest[point[0]][2]]
+    free = [i for i in (0, 1) if len({point[i] for point in clear}) > 1]
     if len(clear) < FEWEST or not free:
         return None
-    logs = [[1.0, *(math.log(max(point[i], 1)) for i in free)] for point in clear]
+    logs = [[1.0, *(math.log(point[i]) for i in free)] for point in clear]
     design = torch.tensor(logs, dtype=torch.float64)
     if int(torch.linalg.matrix_rank(design)) < design.shape[1]:
         return None
-    law, overhead = None, shortest[2]
+    law, overheads = None, {k: ms for k, (_, _, ms) in shortest.items()}
     for _ in range(TURNS):
-        law = _law(design, [ms - overhead for _, _, ms in clear], free, overhead)
-        overhead = max(0.0, shortest[2] - law.work(*shortest[:2]))
+        law = _law(design, [ms - overheads[k] for k, _, ms in clear], free, overheads)
+        overheads = {k: max(0.0, least[2] - law.work(*least[:2])) for k, least in shortest.items()}
     return law
 
 
-def _law(design: torch.Tensor, work: Sequence[float], free: Sequence[int], overhead: float) -> Fit:
+def _shortest(known: Sequence[Point]) -> dict[int, Point]:
+    """By the number of tasks, of those with as many; where all have as many elements, of all."""
+    alike = len({d for _, d, _ in known}) == 1
+    return {k: min((p for p in known if alike or p[0] == k), key=lambda p: p[2]) for k, _, _ in known}
+
+
+def _law(design: torch.Tensor, work: Sequence[float], free: Sequence[int], overheads: dict[int, float]) -> Fit:
     target = torch.tensor(work, dtype=torch.float64).log()
     found = torch.linalg.lstsq(design, target).solution
     errors = _standard_errors(design, target - design @ found)
     exponents = {i: Exponent(float(found[1 + n]), errors[1 + n]) for n, i in enumerate(free)}
-    return Fit(overhead, math.exp(float(found[0])), exponents.get(0), exponents.get(1), len(work))
+    return Fit(overheads, math.exp(float(found[0])), exponents.get(0), exponents.get(1), len(work))
 
 
 def _standard_errors(design: torch.Tensor, residual: torch.Tensor) -> Sequence[float | None]:

@@ -173,14 +173,11 @@ def _law(law: Fit | None, group: Sequence[Measurement]) -> list[Element | str]:
     if law is None:
         return ["Too few of these times leave the constant overhead behind to fit a law."]
     said: list[Element | str] = [formula(law), f", from {law.points} points. "]
-    if law.overhead_ms:
-        said.append(f"A call takes {time(law.overhead_ms, 2)} however little there is to do")
-        fewest, most = min(m.tasks for m in group), max(m.tasks for m in group)
-        ends = [(k, end) for k in dict.fromkeys([fewest, most]) if (end := law.overhead_ends(k)) is not None]
-        if ends:
-            said.append("; the work takes longer than that from " + " and ".join(
-                f"D = {count(end)} on (K = {k})" for k, end in ends))  # fmt: skip
-        said.append(".")
+    for tasks in dict.fromkeys([min(m.tasks for m in group), max(m.tasks for m in group)]):
+        overhead, end = law.overhead_ms(tasks), law.overhead_ends(tasks)
+        if overhead:
+            until = f", the work longer than that from D = {count(end)} on" if end is not None else ""
+            said.append(f"With {tasks} tasks a call takes {time(overhead, 2)} however few the elements{until}. ")
     return said
 
 

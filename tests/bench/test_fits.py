@@ -19,10 +19,18 @@ def test_the_law_is_found_with_its_overhead(overhead):
     assert law is not None
     assert law.tasks.value == pytest.approx(1.5, abs=1e-3)
     assert law.params.value == pytest.approx(0.97, abs=1e-3)
-    assert law.overhead_ms == pytest.approx(overhead, abs=1e-5)
+    assert law.overhead_ms(8) == pytest.approx(overhead, abs=1e-5)
     assert law.ms(8, 10**6) == pytest.approx(overhead + 3e-8 * 8**1.5 * 10**5.82, rel=1e-2)
     ends = law.overhead_ends(8)
     assert ends == pytest.approx((overhead / (3e-8 * 8**1.5)) ** (1 / 0.97), rel=2e-2, abs=1.0)
+
+
+def test_an_overhead_that_grows_with_the_tasks():
+    law = fit((k, d, 0.1 * k + 1e-7 * k * d) for k in TASKS for d in PARAMS)
+    assert (law.tasks.value, law.params.value) == (pytest.approx(1.0, abs=1e-3), pytest.approx(1.0, abs=1e-3))
+    assert law.overheads_ms == pytest.approx({k: 0.1 * k for k in TASKS}, rel=1e-3)
+    assert law.overhead_ends(2) == pytest.approx(10**6, rel=1e-2)
+    assert law.overhead_ms(60) == law.overhead_ms(64)
 
 
 def test_the_standard_errors_are_those_of_many_draws():
@@ -51,6 +59,7 @@ def test_one_size_gives_one_exponent():
         [(2, 0, 1.0)],
         [(k, 0, 1.0) for k in TASKS],  # nothing but overhead
         [(2, 100, 1.0), (4, 100, 9.0), (8, 100, 20.0)],  # two have left it
+        [(k, d, 0.1 * k) for k in TASKS for d in PARAMS],
         [(2, 100, 1.0), (4, 100, 9.0), (4, 100, 9.1), (4, 100, 9.2)],  # all at one size
         [(2, 10, 1.0), (4, 20, 9.0), (8, 40, 20.0), (16, 80, 60.0)],  # K and D grow together
         [(2, 10, math.nan), (4, 10, math.inf), (8, 10, 0.0)],

@@ -141,7 +141,7 @@ def test_what_to_read_off(shown):
     assert "A balanced step takes 1.10 times as long as the K backward passes in it." in summary
     assert "Solvers are 780 times as fast as TorchJD." in summary
     assert "time ∝ K1.3" in summary
-    assert "A call takes 12 µs however little there is to do" in summary
+    assert "With 2 tasks a call takes 12 µs however few the elements, the work longer than that from D = 2." in summary
 
 
 def test_a_profile_is_drawn_beside_the_reference(shown):
