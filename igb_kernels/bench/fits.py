@@ -74,13 +74,16 @@ Point = tuple[int, int, float]
 
 def fit(points: Iterable[Point]) -> Fit | None:
     """The law through points (tasks, params, ms), by least squares of logarithms; None where fewer than three of them
-    have left the overhead behind, or they differ in nothing.
+    have left the overhead behind. An exponent needs three sizes; where there are fewer, the largest alone counts.
 
     The overhead is what the shortest time has beyond the law, which is fitted to times without it: the two are found
     in turns."""
     known = [(max(k, 1), max(d, 1), ms) for k, d, ms in points if math.isfinite(ms) and ms > 0]
     shortest = _shortest(known)
     clear = [point for point in known if point[2] >= CLEAR * shortest[point[0]][2]]
+    for i in (1, 0):
+        if 0 < len({point[i] for point in clear}) < FEWEST:
+            clear = [point for point in clear if point[i] == max(p[i] for p in clear)]
     free = [i for i in (0, 1) if len({point[i] for point in clear}) > 1]
     if len(clear) < FEWEST or not free:
         return None
@@ -89,7 +92,8 @@ def fit(points: Iterable[Point]) -> Fit | None:
     if int(torch.linalg.matrix_rank(design)) < design.shape[1]:
         return None
     law, overheads = None, {k: ms for k, (_, _, ms) in shortest.items()}
-    for _ in range(TURNS):
+    turns = TURNS if 1 in free or len({d for _, d, _ in known}) == 1 else 1  # else, nothing says what grows with D
+    for _ in range(turns):
         law = _law(design, [ms - overheads[k] for k, _, ms in clear], free, overheads)
         overheads = {k: max(0.0, least[2] - law.work(*least[:2])) for k, least in shortest.items()}
     return law

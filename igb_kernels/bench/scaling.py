@@ -3,6 +3,7 @@ and the power laws in them."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from copy import copy
 from functools import partial
@@ -23,7 +24,7 @@ from igb_kernels.printing import Section
 
 STUDIED = ("gram", "combine", "sq_norms")
 TASKS, QUICK_TASKS = (2, 4, 8, 16, 32, 64), (2, 8, 32)
-PARAMS, QUICK_PARAMS = (10**4, 10**5, 10**6, 10**7, 10**8), (10**4, 10**5, 10**6)
+PARAMS, QUICK_PARAMS = (10**4, 10**5, 10**6, 3 * 10**6, 10**7, 3 * 10**7, 10**8), (10**4, 10**5, 10**6)
 QUICK_METHODS = ("imtl_g", "nash_mtl", "upgrad")
 OF_MEMORY = 0.6
 """The most that gradients may take of what is free: they are written once, and others want memory, too."""
@@ -44,7 +45,7 @@ def cases(options: Options) -> Iterator[Case]:
     several = options.tasks or (QUICK_TASKS if options.quick else TASKS)
     known = [*STUDIED, *QUICK_METHODS] if options.quick else names()
     asked = chosen(names() if options.methods else known, options)
-    rows = _Rows(max(several), options.device)
+    rows = _Rows(several, options.device)
     for dtype in options.dtypes:
         for params in options.params or (QUICK_PARAMS if options.quick else PARAMS):
             for tasks in several:
@@ -85,11 +86,11 @@ def measure(
 
 
 class _Rows:
-    """Gradients of the most tasks that there is memory for, of which fewer tasks take the first: made once for each D
-    and dtype, and freed before others are made."""
+    """Gradients of the most of these tasks that there is memory for, of which fewer tasks take the first: made once for
+    each D and dtype, and freed before others are made."""
 
-    def __init__(self, tasks: int, device: torch.device) -> None:
-        self._tasks, self._device = tasks, device
+    def __init__(self, several: Sequence[int], device: torch.device) -> None:
+        self._several, self._device = several, device
         self._key: tuple[int, torch.dtype] | None = None
         self._made: Gradients | None = None
 
@@ -98,9 +99,9 @@ class _Rows:
         if self._key != (params, dtype):
             self._key, self._made = (params, dtype), None
             free = free_bytes(self._device)
-            room = self._tasks if free is None else int(OF_MEMORY * free / (params * dtype.itemsize)) - 2
-            if room > 0:
-                self._made = Gradients(min(self._tasks, room), params, dtype, self._device)
+            room = math.inf if free is None else OF_MEMORY * free / (params * dtype.itemsize) - 2
+            if fitting := [k for k in self._several if k <= room]:
+                self._made = Gradients(max(fitting), params, dtype, self._device)
         if self._made is None or tasks > self._made.tasks:
             return None
         g = copy(self._made)
@@ -125,7 +126,7 @@ def sections(measurements: Iterable[Measurement]) -> list[Section]:
     if not laws:
         return []
     rows = [_row(key, law, [m for m in known if m.name == key[0]]) for key, law in laws.items()]
-    columns = ("time = overhead + c · K^a · D^b", "dtype", "on", ">a", ">b", ">points", ">overhead", ">it ends at D")
+    columns = ("overhead + c · K^a · D^b", "dtype", "on", ">a", ">b", ">points", ">overhead, ms", ">ends at D")
     notes = [
         "± are standard errors, of fits to the times of thrice the shortest (with as many tasks) or more. The overhead "
         "is what a call takes however few the elements, for the fewest and the most tasks; it ends where the work "
@@ -138,10 +139,10 @@ def _row(key: Sequence[str], law: Fit, measured: Sequence[Measurement]) -> tuple
     name, dtype, device, backend = key
     most = (min(m.tasks for m in measured), max(m.tasks for m in measured))
     ends = [number(round(end)) for k in most if (end := law.overhead_ends(k)) is not None]
-    overheads = [f"{1e3 * law.overhead_ms(k):.2g}" for k in most]
+    overheads = [f"{law.overhead_ms(k):.2g}" for k in most]
     a, b = ("" if e is None else str(e) for e in (law.tasks, law.params))
     where = f"{device}, {backend}"
-    return name, dtype, where, a, b, str(law.points), f"{_both(overheads)} µs", _both(ends)
+    return name, dtype, where, a, b, str(law.points), _both(overheads), _both(ends)
 
 
 def _both(values: Sequence[str]) -> str:

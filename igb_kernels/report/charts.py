@@ -13,8 +13,8 @@ WIDTH = 360.0
 """Of a chart in its own units, which are pixels on a narrow phone; it grows with its column."""
 LINE = 12.0
 """The height of a line of text."""
-CHARACTER = 5.9
-"""The width of one."""
+CHARACTER = 6.8
+"""The width of one, at most."""
 
 Written = Callable[[float], str]
 
@@ -77,9 +77,11 @@ def log_chart(title: str, lines: Sequence[Line], x: Axis, y: Axis, height: float
     if not shown:
         return None
     points = [p for line in shown for p in drawable(line.points)]
-    left, right, top, bottom = 50.0, 12.0 + CHARACTER * max(len(line.end) for line in shown), 8.0, 34.0
-    across = Scale([*(p[0] for p in points), *(x.least or ())], left, WIDTH - right)
+    top, bottom = 8.0, 34.0
     up = Scale([*(p[1] for p in points), *(y.least or ())], height - bottom, top)
+    left = 8 + CHARACTER * max(len(y.written(value)) for value in up.ticks())
+    right = 12 + CHARACTER * max(len(line.end) for line in shown)
+    across = Scale([*(p[0] for p in points), *(x.least or ())], left, WIDTH - right)
     frame: list[Element] = []
     for value in up.ticks():
         at = up(value)
@@ -91,9 +93,11 @@ def log_chart(title: str, lines: Sequence[Line], x: Axis, y: Axis, height: float
                   _label(x.written(value), at, height - bottom + 15, "middle")]  # fmt: skip
     frame.append(_label(x.name, (left + WIDTH - right) / 2, height - 4, "middle", "axis"))
     marks = [mark for line in shown for mark in _drawn(line, across, up)]
-    ends = _apart([(up(drawable(line.points)[-1][1]) + 4, line) for line in shown if line.end], top + 4, height)
-    places = {id(line): across(drawable(line.points)[-1][0]) + 6 for line in shown}
-    marks += [_label(line.end, places[id(line)], at, "start", f"end {line.look}") for at, line in ends]
+    for place in sorted({drawable(line.points)[-1][0] for line in shown if line.end}):
+        here = [(up(drawable(line.points)[-1][1]) + 4, line) for line in shown
+                if line.end and drawable(line.points)[-1][0] == place]  # fmt: skip
+        for at, line in _apart(here, top + 4, height - bottom):
+            marks.append(_label(line.end, across(place) + 6, at, "start", f"end {line.look}"))
     return _figure(title, height, [*frame, *marks])
 
 
@@ -144,14 +148,16 @@ def ratio_chart(title: str, rows: Sequence[Row], name: str, least: tuple[float, 
     values = [value for row in rows for _, value, _ in row.values if math.isfinite(value) and value > 0]
     if not values and not any(row.without for row in rows):
         return None
-    longest = 24
-    left = 10 + CHARACTER * min(longest, max(len(row.name) for row in rows))
+    longest = 22
+    left = 12 + CHARACTER * min(longest, max(len(row.name) for row in rows))
     right = 34.0 if any(row.without for row in rows) else 12.0
     top, each = 20.0, 20.0
     bottom = top + each * len(rows)
     across = Scale([*values, 1.0, *least], left, WIDTH - right)
     drawn: list[Element] = []
-    for value in _without_overlap(across.ticks(), across, _times):
+    clear = CHARACTER * 5
+    ticks = [value for value in across.ticks() if value == 1 or abs(across(value) - across(1)) > clear]
+    for value in _without_overlap(sorted({1.0, *ticks}), across, _times):
         at = across(value)
         drawn += [node("line", class_="one" if value == 1 else "grid", x1=at, x2=at, y1=top, y2=bottom),
                   _label(_times(value), at, top - 6, "middle")]  # fmt: skip
@@ -210,13 +216,11 @@ def _apart(wanted: Sequence[tuple[float, Line]], top: float, bottom: float) -> l
     for at, line in sorted(wanted, key=lambda pair: pair[0]):
         lowest = places[-1][0] + LINE - 1 if places else top
         places.append((max(at, lowest), line))
-    over = places[-1][0] - (bottom - 24) if places else 0.0
+    limit = bottom
     for i in reversed(range(len(places))):
-        if over <= 0:
-            break
         at, line = places[i]
-        limit = places[i + 1][0] - LINE + 1 if i + 1 < len(places) else bottom - 24
         places[i] = (min(at, limit), line)
+        limit = places[i][0] - LINE + 1
     return places
 
 

@@ -55,25 +55,30 @@ def _summary(summary: Sequence[tuple[str, list[str]]], named: bool) -> Element |
 # ---- Machines -----------------------------------------------------------------------------------------------------
 
 
+SAME = ("device", "cpu", "gpu", "cores", "threads", "driver", "torch", "igb_kernels")
+"""What runs of a chapter have in common."""
+
+
 def _by_machine(runs: Iterable[Run]) -> list[tuple[str, list[Run]]]:
     """Runs of one machine and its versions are a chapter."""
     groups: dict[str, list[Run]] = {}
-    for run in runs:
-        groups.setdefault(json.dumps(run.results.machine, sort_keys=True, default=str), []).append(run)
-    return [(_called(group[0].results.machine), group) for group in groups.values()]
+    for run in sorted(runs, key=lambda run: run.results.date):
+        machine = {key: run.results.machine.get(key) for key in SAME}
+        groups.setdefault(json.dumps(machine, default=str), []).append(run)
+    return [(_called(group[-1].results.machine), group) for group in groups.values()]
 
 
 def _called(machine: Mapping[str, Any]) -> str:
     device = machine.get("gpu") or machine.get("device") or machine.get("cpu") or "a machine"
-    cores = f", {machine['cores']} cores" if machine.get("cores") and not machine.get("gpu") else ""
-    threads = f", {machine['threads']} threads" if machine.get("threads") and not machine.get("gpu") else ""
-    return f"{device}{cores}{threads}"
+    counts = [] if machine.get("gpu") else [(key, machine.get(key)) for key in ("cores", "threads")]
+    said = [number(n, key[:-1]) if isinstance(n, int) else f"{n} {key}" for key, n in counts if n]
+    return ", ".join([str(device), *said])
 
 
 def _newest(runs: Sequence[Run]) -> list[Measurement]:
-    """Of what was measured several times on a machine, the last."""
+    """Of what was measured several times on a machine, the last; runs are in the order of their dates."""
     kept: dict[tuple[object, ...], Measurement] = {}
-    for run in sorted(runs, key=lambda run: run.results.date):
+    for run in runs:
         for m in run.results.measurements:
             kept[m.suite, m.name, m.tasks, m.params, m.dtype, m.device, m.backend, m.model] = m
     return list(kept.values())
@@ -81,7 +86,7 @@ def _newest(runs: Sequence[Run]) -> list[Measurement]:
 
 def _chapter(machine: str, runs: Sequence[Run]) -> list[Element]:
     measurements = _newest(runs)
-    facts = [pair for name, value in runs[0].results.machine.items() if value not in (None, {}, [], "")
+    facts = [pair for name, value in runs[-1].results.machine.items() if value not in (None, {}, [], "")
              for pair in (node("dt", name), node("dd", _fact(value)))]  # fmt: skip
     return [
         node("h2", machine),

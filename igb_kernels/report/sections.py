@@ -27,6 +27,11 @@ def look_of(rival: str) -> str:
     return LOOKS.get(rival.lower(), "other")
 
 
+def ramp(i: int, of: int) -> str:
+    """The class of the i-th of so many colours in order."""
+    return f"k{round(i * (RAMP - 1) / max(of - 1, 1))}"
+
+
 def section(title: str, said: str, *parts: Element | None) -> list[Element]:
     """A heading, a sentence, and what there is; nothing where there is nothing."""
     there = [part for part in parts if part is not None]
@@ -56,8 +61,8 @@ def _rivals_in(measurements: Iterable[Measurement], leave_out: Sequence[str] = (
 
 
 def kind(m: Measurement, among: Sequence[Measurement]) -> str:
-    """Name and dtype, and the device and the backend where there are several."""
-    words = [m.name, m.dtype]
+    """Name, dtype of gradients, and the device and the backend where there are several."""
+    words = [m.name, *([m.dtype] if m.params else [])]
     words += [m.device] if len({other.device for other in among}) > 1 else []
     words += [m.backend] if len({other.backend for other in among}) > 1 else []
     return ", ".join(words)
@@ -83,14 +88,15 @@ def bandwidth(measurements: Sequence[Measurement]) -> list[Element]:
     known = [m for m in measurements if m.gb_per_s is not None and m.of_copy is not None]
     bars = [m for m in known if m.suite != "scaling"]
     curves = [m for m in known if m.suite == "scaling"]
-    looks = {"igb_kernels": "ours", "a copy": "copy"}
+    several = sorted({m.tasks for m in curves})
+    looks = {"a copy": "copy", **{f"K = {tasks}": ramp(i, len(several)) for i, tasks in enumerate(several)}}
     return section(
         "Bandwidth: the roof is a copy",
         "Bytes that an ideal implementation reads and writes, over the time it took; the line is a copy that moves as "
         "many bytes, measured between the same rounds. More than a copy is possible: reading is cheaper than writing.",
         _bandwidth_table(bars),
         legend(looks) if curves else None,
-        _charts(_bandwidth_chart(*group) for group in _groups(curves, lambda m: kind(m, curves))),
+        _charts(_bandwidth_chart(*group, several) for group in _groups(curves, lambda m: kind(m, curves))),
     )  # fmt: skip
 
 
@@ -110,13 +116,13 @@ def _bandwidth_table(measurements: Sequence[Measurement]) -> Element | None:
                   ("GB/s", "number"), ("of copy", "number")], rows)  # fmt: skip
 
 
-def _bandwidth_chart(title: str, group: Sequence[Measurement]) -> Element | None:
+def _bandwidth_chart(title: str, group: Sequence[Measurement], several: Sequence[int]) -> Element | None:
     lines = []
-    for tasks in sorted({m.tasks for m in group}):
+    for i, tasks in enumerate(several):
         inner = sorted((m for m in group if m.tasks == tasks), key=lambda m: m.moved_bytes or 0)
         points = [(float(m.moved_bytes or 0), m.gb_per_s or 0.0) for m in inner]
         labels = [f"K = {m.tasks}, D = {count(m.params)}: {digits(m.gb_per_s or 0)} GB/s" for m in inner]
-        lines.append(Line(points, "ours", labels))
+        lines.append(Line(points, ramp(i, len(several)), labels))
     copies = sorted((float(m.moved_bytes or 0), (m.moved_bytes or 0) / m.rivals["copy"].timing.ms / 1e6) for m in group)
     lines.insert(0, Line(copies, "copy", [f"copy of {size(a)}: {digits(b)} GB/s" for a, b in copies]))
     return _figure(title, log_chart(f"{title}: GB/s over bytes moved", lines, Axis("bytes moved", size),
@@ -129,18 +135,21 @@ def _bandwidth_chart(title: str, group: Sequence[Measurement]) -> Element | None
 def scaling(measurements: Sequence[Measurement]) -> list[Element]:
     """Over K and D."""
     known = [m for m in measurements if m.suite == "scaling" and m.params]
-    figures = []
-    for title, group in _groups(known, lambda m: kind(m, known)):
-        law = fit((m.tasks, m.params, m.timing.ms) for m in group)
-        figures += [_over(title, group, law, False), _over(title, group, law, True)]
+    figures = [_scaling_of(title, group) for title, group in _groups(known, lambda m: kind(m, known))]
     return section(
         "Scaling in K and D",
-        "Points are medians; dashed lines are the law that was fitted to them, a constant overhead and a power law.",
-        _charts(figures),
+        "Points are medians; dotted lines are what was fitted to them: the overhead of a call and a power law.",
+        *figures,
     )
 
 
-def _over(title: str, group: Sequence[Measurement], law: Fit | None, tasks: bool) -> Element | None:
+def _scaling_of(title: str, group: Sequence[Measurement]) -> Element:
+    law = fit((m.tasks, m.params, m.timing.ms) for m in group)
+    pair = node("div", _over(title, group, law, tasks=False), _over(title, group, law, tasks=True), class_="pair")
+    return node("figure", node("h4", title), pair, node("figcaption", _law(law, group)), class_="spaced")
+
+
+def _over(title: str, group: Sequence[Measurement], law: Fit | None, *, tasks: bool) -> Element | None:
     """Over K, a line for each D, or the other way around."""
 
     def across(m: Measurement) -> int:
@@ -153,16 +162,18 @@ def _over(title: str, group: Sequence[Measurement], law: Fit | None, tasks: bool
     lines: list[Line] = []
     for i, value in enumerate(values):
         inner = sorted((m for m in group if beside(m) == value), key=across)
-        look = f"k{round(i * (RAMP - 1) / max(len(values) - 1, 1))}"
-        end = f"D {count(value)}" if tasks else f"K={value}"
+        look = ramp(i, len(values))
         points = [(float(across(m)), m.timing.ms) for m in inner]
         if law is not None and len(drawable(points)) > 1:
             lines.append(Line([(float(across(m)), law.ms(m.tasks, m.params)) for m in inner], f"{look} law"))
-        lines.append(Line(points, look, [says(m) for m in inner], end))
+        lines.append(Line(points, look, [says(m) for m in inner], _elements(value) if tasks else f"K={value}"))
     ticks = sorted({float(m.tasks) for m in group}) if tasks else None
-    x = Axis(TASKS, lambda value: f"{value:g}", ticks) if tasks else Axis(PARAMS, _elements)
-    where = f"{title}, over {'K' if tasks else 'D'}"
-    return _figure(where, log_chart(where, lines, x, TIME), *_law(law, group))
+    x = (
+        Axis(f"{TASKS}, a line for each D", "{:g}".format, ticks)
+        if tasks
+        else Axis(f"{PARAMS}, a line for each K", _elements)
+    )
+    return log_chart(f"{title}: time over {'K' if tasks else 'D'}", lines, x, TIME)
 
 
 def _elements(value: float) -> str:
@@ -193,18 +204,33 @@ def formula(law: Fit) -> Element:
 
 
 def solvers(measurements: Sequence[Measurement]) -> list[Element]:
-    """Over K, with all that find the same weights."""
+    """Over K, with all that find the same weights; those that nobody else has in a table."""
     known = [m for m in measurements if m.suite == "solvers"]
-    everything = [ms for m in known for ms in (m.timing.ms, *(r.timing.ms for r in m.rivals.values()))]
+    peers = {m.name for m in known for name in m.rivals if look_of(name) not in ("reference", "native")}
+    drawn = [m for m in known if m.name in peers or not peers]
+    everything = [ms for m in drawn for ms in (m.timing.ms, *(r.timing.ms for r in m.rivals.values()))]
     finite = [ms for _, ms in drawable((1.0, ms) for ms in everything)]
     least = (min(finite), max(finite)) if finite else None
-    figures = [_solver(title, group, least) for title, group in _groups(known, lambda m: kind(m, known))]
+    figures = [_solver(title, group, least) for title, group in _groups(drawn, lambda m: kind(m, known))]
     return section(
         "Solvers over K",
         "One K×K solve, all on one scale. Where results disagree, the time is drawn, and no speed-up is given.",
-        legend({"igb_kernels": "ours", **_rivals_in(known)}) if known else None,
+        legend({"igb_kernels": "ours", **_rivals_in(drawn)}) if drawn else None,
         _charts(figures),
+        _solver_table([m for m in known if m not in drawn]),
     )
+
+
+def _solver_table(measurements: Sequence[Measurement]) -> Element | None:
+    if not measurements:
+        return None
+    several = sorted({m.tasks for m in measurements})
+    times = {(kind(m, measurements), m.tasks): time(m.timing.ms) for m in measurements}
+    rows = [
+        [node("td", title), *(number(times.get((title, tasks), "–")) for tasks in several)]
+        for title in sorted({title for title, _ in times})
+    ]
+    return table([("from Python", ""), *((f"K = {tasks}", "number") for tasks in several)], rows)
 
 
 def _solver(title: str, group: Sequence[Measurement], least: tuple[float, float] | None) -> Element | None:
@@ -218,7 +244,7 @@ def _solver(title: str, group: Sequence[Measurement], least: tuple[float, float]
     caption: list[Element | str] = []
     if law is not None:
         caption = [formula(law), " of the native call" if native else "", f" from {law.points} points on."]
-    x = Axis(TASKS, lambda value: f"{value:g}", sorted({float(m.tasks) for m in inner}))
+    x = Axis(TASKS, "{:g}".format, sorted({float(m.tasks) for m in inner}))
     chart = log_chart(f"{title}: time over K", lines, x, Axis("", time_at_tick, None, least), 200)
     return _figure(title, chart, *caption, *_wrong(inner))
 
@@ -277,6 +303,8 @@ def _steps_of(model: str, group: Sequence[Measurement]) -> Element | None:
 PARTS = {
     "forward": "k0",
     "loss scales": "other",
+    "taking gradients": "eager",
+    "rest of the balancer": "torchjd",
     "Gramian and norms": "ours",
     "averages": "k3",
     "solver": "native",
@@ -284,47 +312,49 @@ PARTS = {
     "between backward and optimizer": "reference",
     "optimizer": "reference",
 }
-"""Looks of a step's parts."""
+"""Looks of a step's parts; backward passes have names of tasks in theirs."""
 
 
 def profile(name: str, figures: dict[str, Any]) -> Element:
     """A step's parts, ours and with the reference backend."""
-    parts = _merged(figures["parts"])
-    ours = [(label, ms) for label, ms in parts if ms > 0]
-    theirs, compared = {}, [c for c in figures["compared"] if c["name"] != "all"]
-    for c in compared:
-        theirs[c["name"]] = float(c["reference_ms"])
-    whole = sum(ms for _, ms in ours)
-    reference = [(label, theirs.get(label, ms)) for label, ms in ours]
-    slower = sum(ms for _, ms in reference)
-    widest = max(whole, slower)
-    bars = [("igb_kernels", _stack(ours, widest), whole)]
-    bars += [("with the reference backend", _stack(reference, widest), slower)] if compared else []
-    rows = []
-    longest = max([ms for _, ms in [*ours, *reference]], default=0.0)
+    ours = [(label, ms) for label, ms in _merged(figures["parts"]) if ms > 0]
     by_name = {c["name"]: c for c in figures["compared"]}
-    for label, ms in ours:
-        c = by_name.get(label)
-        reference_cells = [number(""), number("")]
-        if c is not None:
-            ratio = (
-                node("span", "results differ", class_="wrong") if not c["agree"] else f"{digits(c['ratio'] or 0.0)}×"
-            )
-            reference_cells = [number(time(float(c["reference_ms"]))), node("td", ratio, class_="number")]
-        rows.append([node("td", label), node("td", bar([(ms, _part_look(label), time(ms))], longest), class_="wide"),
-                     number(time(ms)), number(f"{100 * ms / whole:.1f} %"), *reference_cells])  # fmt: skip
-    header = [("part of the step", ""), ("", ""), ("time", "number"), ("share", "number"), ("reference", "number"),
+    theirs = [(label, float(by_name[label]["reference_ms"]) if label in by_name else ms) for label, ms in ours]
+    whole, slower = (sum(ms for _, ms in parts) for parts in (ours, theirs))
+    widest = max(whole, slower)
+    rows = [[node("td", node("strong", "a step")), _place(ours, widest), number(time(whole)), number("100 %"),
+             number(time(slower) if by_name else ""), number("")]]  # fmt: skip
+    if by_name:
+        label = node("td", "the same with the reference backend")
+        rows.append([label, _place(theirs, widest), *[number("")] * 2, number(time(slower)), number("")])
+    for part, ms in ours:
+        cells = [_place([(part, ms)], widest), number(time(ms)), number(f"{100 * ms / whole:.1f} %")]
+        rows.append([node("td", part), *cells, *_reference(by_name.get(part))])
+    header = [("part of the step", ""), ("", "wide"), ("time", "number"), ("share", "number"), ("reference", "number"),
               ("ratio", "number")]  # fmt: skip
     facts = (
         f"{figures['device']}, torch {figures['torch']}, {figures['tasks']} tasks, medians of {figures['steps']} steps"
     )
-    stacks = [[node("td", label), node("td", drawn, class_="wide"), number(time(ms))] for label, drawn, ms in bars]
     said = [*figures["notes"], *figures["advice"]]
-    return node(
-        "figure", node("h4", str(figures["balancer"])), node("p", f"{name}: {facts}.", class_="soft"),
-        table([("", ""), ("a step", ""), ("", "number")], stacks), table(header, rows),
-        node("ul", [node("li", str(sentence)) for sentence in said]) if said else None,
-    )  # fmt: skip
+    listed = node("ul", [node("li", str(sentence)) for sentence in said]) if said else None
+    source = node("p", f"{name}: {facts}.", class_="soft")
+    return node("figure", node("h4", str(figures["balancer"])), source, table(header, rows), listed, class_="spaced")
+
+
+def _place(parts: Sequence[tuple[str, float]], whole: float) -> Element:
+    """A cell with a bar of these parts."""
+    drawn = [(ms, PARTS.get(label, "passes"), f"{label}: {time(ms)}") for label, ms in parts]
+    return node("td", bar(drawn, whole), class_="wide")
+
+
+def _reference(compared: dict[str, Any] | None) -> list[Element]:
+    """Cells: its time, and the ratio if both came to the same."""
+    if compared is None:
+        return [number(""), number("")]
+    agrees = compared["agree"]
+    ratio = f"{digits(float(compared['ratio'] or 0.0))}×" if agrees else "results differ"
+    look = "number" if agrees else "number wrong"
+    return [number(time(float(compared["reference_ms"]))), node("td", ratio, class_=look)]
 
 
 def _merged(parts: Sequence[dict[str, Any]]) -> list[tuple[str, float]]:
@@ -338,16 +368,6 @@ def _merged(parts: Sequence[dict[str, Any]]) -> list[tuple[str, float]]:
         ms = part["host_ms"] if part["device_ms"] is None else part["device_ms"]
         merged[name] = merged.get(name, 0.0) + float(ms)
     return list(merged.items())
-
-
-def _part_look(label: str) -> str:
-    if "backward pass" in label:
-        return "passes"
-    return PARTS.get(label, "eager")
-
-
-def _stack(parts: Sequence[tuple[str, float]], whole: float) -> Element:
-    return bar([(ms, _part_look(label), f"{label}: {time(ms)}") for label, ms in parts], whole)
 
 
 # ---- Tables -------------------------------------------------------------------------------------------------------

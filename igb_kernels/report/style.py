@@ -41,14 +41,16 @@ li {{ overflow-wrap: anywhere; }}
   margin: .75rem 0; align-items: start; }}
 figure {{ margin: 0; padding: .75rem; background: var(--card); border-radius: 6px; min-width: 0; break-inside: avoid; }}
 figcaption {{ margin-top: .25rem; overflow-wrap: anywhere; }}
-.chart {{ display: block; width: 100%; height: auto; max-width: 34rem; }}
+.chart {{ display: block; width: 100%; height: auto; max-width: 30rem; margin: 0 auto; }}
 .legend {{ display: flex; flex-wrap: wrap; gap: .2rem 1rem; margin: .5rem 0; padding: 0; list-style: none;
   font-size: .875rem; }}
+figure.spaced {{ margin: .75rem 0; }}
+.pair {{ display: grid; grid-template-columns: repeat(auto-fit, minmax(min(21rem, 100%), 1fr)); gap: 1rem; }}
 .key {{ width: 28px; height: 14px; vertical-align: -2px; margin-right: .35rem; }}
 svg text {{ font-size: 11px; fill: var(--soft); font-variant-numeric: tabular-nums; }}
 svg .axis {{ font-style: italic; }}
 svg .row {{ fill: var(--ink); }}
-svg .end {{ fill: var(--look); font-weight: 600; }}
+svg .end {{ fill: var(--look); font-weight: 600; paint-order: stroke; stroke: var(--card); stroke-width: 3px; }}
 .grid {{ stroke: var(--grid); }}
 .rule {{ stroke: var(--grid); stroke-dasharray: 1 3; }}
 .one {{ stroke: var(--one); stroke-width: 1.5; }}

@@ -9,8 +9,7 @@ import pytest
 
 from igb_kernels.bench.fits import fit, fits
 from igb_kernels.bench.results import Measurement, Timing
-
-TASKS, PARAMS = (2, 4, 8, 16, 32, 64), (10**4, 10**5, 10**6, 10**7, 10**8)
+from igb_kernels.bench.scaling import PARAMS, TASKS
 
 
 @pytest.mark.parametrize("overhead", [0.0, 0.02, 0.5])
@@ -50,6 +49,14 @@ def test_one_size_gives_one_exponent():
     assert law.tasks.value == pytest.approx(2.5, abs=1e-3)
     assert law.overhead_ends(2) is None
     assert str(law) == "time ∝ K^(2.50 ± 0.00)"
+
+
+def test_an_exponent_needs_three_sizes():
+    law = fit((k, d, 1.0 + 1e-6 * k * d**0.5 * d) for k in TASKS for d in (1, 10**5, 10**6))
+    assert law.params is None
+    assert law.tasks.value == pytest.approx(1.0, abs=0.01)
+    assert law.points == len(TASKS)  # of the largest D
+    assert law.overhead_ms(2) == pytest.approx(1.0, abs=1e-3)
 
 
 @pytest.mark.parametrize(
