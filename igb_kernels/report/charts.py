@@ -118,7 +118,9 @@ def _mark(look: str, x: float, y: float, says: str) -> Element:
         return node("circle", said, class_=f"mark {look}", cx=x, cy=y, r=3.6)
     if shape in ("reference", "copy"):
         return node("rect", said, class_=f"mark {look}", x=x - 3, y=y - 3, width=6, height=6)
-    if shape in ("torchjd", "passes"):
+    if shape == "passes":
+        return node("rect", said, class_=f"mark {look}", x=x - 1.5, y=y - 6, width=3, height=12)
+    if shape == "torchjd":
         corners = f"M{x:.1f} {y - 4:.1f}l3.9 7h-7.8z"
         return node("path", said, class_=f"mark {look}", d=corners)
     if shape == "libmtl":
@@ -181,8 +183,8 @@ def bar(parts: Sequence[tuple[float, str, str]], whole: float, mark: float | Non
     drawn, at = [], 0.0
     for part, look, says in parts:
         width = 100 * part / whole if whole > 0 and math.isfinite(part) else 0.0
-        drawn.append(node("rect", node("title", says), class_=f"bar {look}", x=f"{at:.3f}%", y=1,
-                          width=f"{width:.3f}%", height=14))  # fmt: skip
+        drawn.append(node("rect", node("title", says), class_=f"bar {look}" + " part" * (len(parts) > 1),
+                          x=f"{at:.3f}%", y=1, width=f"{width:.3f}%", height=14))  # fmt: skip
         at += width
     if mark is not None and whole > 0:
         place = f"{100 * mark / whole:.3f}%"

@@ -11,7 +11,7 @@ from igb_kernels.bench.fits import Fit, fit
 from igb_kernels.bench.results import Measurement, Rival
 from igb_kernels.report.charts import Axis, Line, Row, bar, drawable, key, log_chart, ratio_chart
 from igb_kernels.report.nodes import node
-from igb_kernels.report.summary import NAMES, disagreements
+from igb_kernels.report.summary import NAMES, OURS, disagreements
 from igb_kernels.report.words import count, digits, power, size, time, time_at_tick
 
 LOOKS = {"copy": "copy", "reference": "reference", "eager": "eager", "torchjd": "torchjd", "libmtl": "libmtl",
@@ -53,8 +53,8 @@ def legend(looks: dict[str, str]) -> Element | None:
     return node("ul", [node("li", key(look), name) for name, look in looks.items()], class_="legend") if looks else None
 
 
-def _rivals_in(measurements: Iterable[Measurement], leave_out: Sequence[str] = ()) -> dict[str, str]:
-    found = {name for m in measurements for name in m.rivals} - set(leave_out)
+def _rivals_in(measurements: Iterable[Measurement]) -> dict[str, str]:
+    found = {name for m in measurements for name in m.rivals} - OURS
     order = list(LOOKS)
     names = sorted(found, key=lambda name: (order.index(name.lower()) if name.lower() in order else 99, name))
     return {NAMES.get(name, name): look_of(name) for name in names}
@@ -112,8 +112,8 @@ def _bandwidth_table(measurements: Sequence[Measurement]) -> Element | None:
         sizes = [number(str(m.tasks)), number(count(m.params)), number(size(m.moved_bytes or 0))]
         place = node("td", drawn, class_="wide")
         rows.append([node("td", kind(m, measurements)), *sizes, place, number(rate), number(part)])
-    return table([("operation", ""), ("K", "number"), ("D", "number"), ("moves", "number"), ("line: copy", ""),
-                  ("GB/s", "number"), ("of copy", "number")], rows)  # fmt: skip
+    return table([("", ""), ("K", "number"), ("D", "number"), ("moves", "number"), ("", "wide"),
+                  ("GB/s", "number"), ("of copy", "number")], rows, "barred")  # fmt: skip
 
 
 def _bandwidth_chart(title: str, group: Sequence[Measurement], several: Sequence[int]) -> Element | None:
@@ -260,9 +260,11 @@ def _ratio_words(rival: Rival) -> str:
 
 
 def _wrong(measurements: Sequence[Measurement]) -> list[Element | str]:
+    """What there is no speed-up over, and why."""
+    names = len({m.name for m in measurements}) > 1
     return [
-        node("div", node("span", "No speed-up", class_="wrong"), f" over {NAMES.get(name, name)} at K = {m.tasks}: "
-             f"{r.note or 'results disagree'}")
+        node("div", node("span", "No speed-up", class_="wrong"), f" over {NAMES.get(name, name)} at "
+             f"{f'{m.name}, ' if names else ''}K = {m.tasks}: {r.note or 'results disagree'}")
         for m, name, r in disagreements(measurements)
     ]  # fmt: skip
 
@@ -290,7 +292,7 @@ def _steps_of(model: str, group: Sequence[Measurement]) -> Element | None:
     for m in inner:
         known = [(look_of(n), r.speed_up, f"{NAMES.get(n, n)}: {digits(r.speed_up)}× ({time(r.timing.ms)}; ours "
                   f"{time(m.timing.ms)})") for n, r in m.rivals.items() if r.speed_up is not None]  # fmt: skip
-        without = [(look_of(n), f"{NAMES.get(n, n)}: {r.note}") for n, r in m.rivals.items() if r.speed_up is None]
+        without = [(look_of(n), f"{NAMES.get(n, n)}: {r.note}") for _, n, r in disagreements([m])]
         name = f"{m.name}, K={m.tasks}" + (f", {m.dtype}, {m.device}, {m.backend}" if several else "")
         rows.append(Row(name, known, without))
     title = f"{model}, {count(inner[0].params)} shared" if model else f"{count(inner[0].params)} shared"
@@ -330,7 +332,7 @@ def profile(name: str, figures: dict[str, Any]) -> Element:
     for part, ms in ours:
         cells = [_place([(part, ms)], widest), number(time(ms)), number(f"{100 * ms / whole:.1f} %")]
         rows.append([node("td", part), *cells, *_reference(by_name.get(part))])
-    header = [("part of the step", ""), ("", "wide"), ("time", "number"), ("share", "number"), ("reference", "number"),
+    header = [("", ""), ("", "wide"), ("time", "number"), ("share", "number"), ("reference", "number"),
               ("ratio", "number")]  # fmt: skip
     facts = (
         f"{figures['device']}, torch {figures['torch']}, {figures['tasks']} tasks, medians of {figures['steps']} steps"
@@ -338,7 +340,9 @@ def profile(name: str, figures: dict[str, Any]) -> Element:
     said = [*figures["notes"], *figures["advice"]]
     listed = node("ul", [node("li", str(sentence)) for sentence in said]) if said else None
     source = node("p", f"{name}: {facts}.", class_="soft")
-    return node("figure", node("h4", str(figures["balancer"])), source, table(header, rows), listed, class_="spaced")
+    return node(
+        "figure", node("h4", str(figures["balancer"])), source, table(header, rows, "barred"), listed, class_="spaced"
+    )
 
 
 def _place(parts: Sequence[tuple[str, float]], whole: float) -> Element:
@@ -378,13 +382,16 @@ def number(text: str) -> Element:
     return node("td", text, class_="number")
 
 
-def table(columns: Sequence[tuple[str, str]], rows: Iterable[Sequence[Element]]) -> Element:
-    """Of cells; columns have names and classes."""
-    head = node("tr", [node("th", name, class_=look or None, scope="col") for name, look in columns])
-    body = [node("tr", list(row)) for row in rows]
-    return node(
-        "div", node("table", node("thead", head), node("tbody", body), class_="full"), class_="scroll", tabindex="0"
-    )
+def table(columns: Sequence[tuple[str, str]], rows: Iterable[Sequence[Element]], look: str = "full") -> Element:
+    """Of cells; columns have names and classes. With the look "barred", where it is narrow, a bar has a line of its own
+    and cells have the names of their columns."""
+    head = node("tr", [node("th", name, class_=kind or None, scope="col") for name, kind in columns])
+    lines = [list(row) for row in rows]
+    for cell, (name, _) in ((c, column) for line in lines for c, column in zip(line, columns, strict=True)):
+        if look == "barred" and name:
+            cell.set("data-name", name)
+    inner = node("table", node("thead", head), node("tbody", [node("tr", line) for line in lines]), class_=look)
+    return node("div", inner, class_="scroll", tabindex="0")
 
 
 def tables(measurements: Sequence[tuple[int, Measurement]]) -> list[Element]:
@@ -395,25 +402,28 @@ def tables(measurements: Sequence[tuple[int, Measurement]]) -> list[Element]:
         memory = any(m.moved_bytes is not None for _, m in rows)
         host = any(m.timing.host_ms is not None for _, m in rows)
         model = any(m.model is not None for _, m in rows)
-        columns = [("run", ""), ("name", ""), *([("model", "")] if model else []), ("K", "number"), ("D", "number"),
-                   ("dtype", ""), ("on", ""), ("median", "number"), ("quartiles", ""), ("rounds", "number"),
+        columns = [("name", ""), *([("model", "")] if model else []), ("K", "number"), ("D", "number"), ("dtype", ""),
+                   ("median", "number"), ("quartiles", ""), ("rounds", "number"),
                    *([("host", "number")] if host else []), ("error", "number"),
-                   *([("moves", "number"), ("GB/s", "number")] if memory else []), ("rivals", "")]  # fmt: skip
+                   *([("moves", "number"), ("GB/s", "number")] if memory else []), ("rivals", ""), ("on", ""),
+                   ("run", "number")]  # fmt: skip
         elements += [node("h4", suite), table(columns, [_row(run, m, model, host, memory) for run, m in rows])]
     return elements
 
 
 def _row(run: int, m: Measurement, model: bool, host: bool, memory: bool) -> list[Element]:
     t = m.timing
+    wrong = node("div", node("span", "wrong", class_="wrong"), f": {m.note}") if m.note else None
     return [
-        node("td", str(run)), node("td", m.name), *([node("td", m.model or "")] if model else []),
+        node("td", m.name), *([node("td", m.model or "")] if model else []),
         number(str(m.tasks)), number(count(m.params) if m.params else "–"), node("td", m.dtype),
-        node("td", f"{m.device}, {m.backend}"), number(time(t.ms)), node("td", _quartiles(t.low, t.high)),
-        number(str(t.rounds)), *([number("" if t.host_ms is None else time(t.host_ms))] if host else []),
+        number(time(t.ms)), node("td", _quartiles(t.low, t.high)), number(str(t.rounds)),
+        *([number("" if t.host_ms is None else time(t.host_ms))] if host else []),
         number("–" if m.error is None else f"{m.error:.1e}"),
         *([number("–" if m.moved_bytes is None else size(m.moved_bytes)),
            number("–" if m.gb_per_s is None else digits(m.gb_per_s))] if memory else []),
-        node("td", [_rival(name, rival) for name, rival in m.rivals.items()]),
+        node("td", [wrong, *(_rival(name, rival) for name, rival in m.rivals.items())]),
+        node("td", f"{m.device}, {m.backend}"), number(str(run)),
     ]  # fmt: skip
 
 
@@ -423,7 +433,9 @@ def _quartiles(low: float, high: float) -> str:
 
 def _rival(name: str, r: Rival) -> Element:
     said = f"{NAMES.get(name, name)} {time(r.timing.ms)} ({_quartiles(r.timing.low, r.timing.high)}): "
-    ratio = node("span", "no speed-up", class_="wrong") if r.speed_up is None else f"{digits(r.speed_up)}×"
+    ratio = f"{digits(r.speed_up)}×" if r.speed_up is not None else node("span", "no speed-up", class_="wrong")
+    if name in OURS:
+        ratio = "ours"
     rest = [f"error {r.error:.1e}"] if r.error is not None else []
     rest += [r.note] if r.note else []
     return node("div", said, ratio, "".join(f", {part}" for part in rest))

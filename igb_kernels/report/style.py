@@ -60,7 +60,8 @@ svg .end {{ fill: var(--look); font-weight: 600; paint-order: stroke; stroke: va
 .line.native {{ stroke-dasharray: 2 2; }}
 .line.law {{ stroke-width: 1; stroke-dasharray: 2 3; opacity: .8; }}
 .mark {{ fill: var(--look); stroke: var(--card); stroke-width: .75; }}
-.bar {{ fill: var(--look); stroke: var(--paper); stroke-width: 1; }}
+.bar {{ fill: var(--look); }}
+.part {{ stroke: var(--card); stroke-width: .75; }}
 .bars {{ display: block; overflow: visible; }}
 .scroll {{ overflow-x: auto; margin: .5rem 0; }}
 table {{ border-collapse: collapse; font-size: .85rem; font-variant-numeric: tabular-nums; }}
@@ -69,14 +70,19 @@ th, td {{ padding: .2rem .7rem .2rem 0; text-align: left; vertical-align: top; w
 th {{ color: var(--soft); font-weight: 600; vertical-align: bottom; }}
 .number {{ text-align: right; }}
 .wide {{ width: 45%; min-width: 8rem; }}
-table.full {{ width: 100%; }}
-.wrap {{ white-space: normal; min-width: 12rem; }}
+table.full, table.barred {{ width: 100%; }}
 .wrong {{ color: var(--native); font-weight: 600; }}
 .law-text sup {{ font-size: .75em; line-height: 0; }}
 @media (max-width: 40rem) {{
   body {{ padding: 1rem .75rem 3rem; }}
-  dl {{ grid-template-columns: 1fr; gap: 0; }}
-  dd {{ margin-bottom: .4rem; }}
+  .barred thead {{ display: none; }}
+  .barred tr {{ display: flex; flex-wrap: wrap; column-gap: .9rem; padding: .35rem 0;
+    border-bottom: 1px solid var(--grid); }}
+  .barred td {{ border: 0; padding: 0; }}
+  .barred td:first-child {{ flex-basis: 100%; font-weight: 600; }}
+  .barred td.wide {{ flex-basis: 100%; }}
+  .barred td:empty {{ display: none; }}
+  .barred td[data-name]::before {{ content: attr(data-name) " "; color: var(--soft); }}
   figure {{ padding: .6rem .5rem; }}
 }}
 @media print {{

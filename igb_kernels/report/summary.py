@@ -13,15 +13,27 @@ NAMES = {"torchjd": "TorchJD", "libmtl": "LibMTL", "eager": "plain PyTorch", "re
          "passes": "the K bare passes", "copy": "a copy"}  # fmt: skip
 
 
+OURS = frozenset({"with forward"})
+"""Under rivals, other times of ours."""
+
+
 def disagreements(measurements: Iterable[Measurement]) -> list[tuple[Measurement, str, Rival]]:
-    """Rivals without a speed-up."""
-    return [(m, name, r) for m in measurements for name, r in m.rivals.items() if r.speed_up is None]
+    """Rivals without a speed-up, since they come to something else than we or the truth."""
+    return [
+        (m, name, r) for m in measurements for name, r in m.rivals.items() if r.speed_up is None and name not in OURS
+    ]
 
 
 def sentences(measurements: Sequence[Measurement]) -> list[str]:
     """Two to four."""
-    said = [_bandwidth(measurements), _steps(measurements), _rivals(measurements), _disagreements(measurements)]
+    parts = (_wrong, _bandwidth, _steps, _rivals, _disagreements)
+    said = [part(measurements) for part in parts]
     return [sentence for sentence in said if sentence]
+
+
+def _wrong(measurements: Sequence[Measurement]) -> str:
+    wrong = [m for m in measurements if m.note]
+    return f"Our own results are wrong: {several([called(m) for m in wrong])}." if wrong else ""
 
 
 def _bandwidth(measurements: Sequence[Measurement]) -> str:

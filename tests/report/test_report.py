@@ -137,6 +137,20 @@ def test_a_disagreement_has_no_speed_up(shown):
     assert sum((a.get("class") or "") == "mark libmtl" for _, a in shown.tags) == 1  # in the legend
 
 
+def test_a_wrong_result_of_ours_is_said_first(tmp_path):
+    rivals = {
+        "copy": Rival(timing(1.0), None, None, "ours: results disagree"),
+        "with forward": Rival(timing(2.0), None),
+    }
+    save(
+        tmp_path, [measurement("ops", "gram", 1.0, params=10, moved_bytes=8, rivals=rivals, note="results disagree: 1")]
+    )
+    shown = Parsed(page(find(tmp_path)))
+    assert "Our own results are wrong: gram, D = 10, K = 3, float32. In 1 comparison (a copy) there is no" in shown.text
+    assert "wrong: results disagree: 1" in shown.text
+    assert "with forward 2.00 ms (1.94 ms – 2.12 ms): ours" in shown.text
+
+
 def test_what_to_read_off(shown):
     summary = shown.text.partition("All measurements")[0]
     assert "Operations on gradients move 50 % of the bytes a second that a copy does." in summary
