@@ -29,6 +29,8 @@ class Line:
     """What each point says under the pointer."""
     end: str = ""
     """Written behind the last point."""
+    hollow: Sequence[bool] = ()
+    """Which marks are."""
 
 
 @dataclass(frozen=True)
@@ -105,9 +107,9 @@ def _drawn(line: Line, across: Scale, up: Scale) -> list[Element]:
     points = drawable(line.points)
     path = "M" + "L".join(f"{across(a):.1f} {up(b):.1f}" for a, b in points)
     drawn = [node("path", d=path, class_=f"line {line.look}")]
-    labels = dict(zip(line.points, line.labels, strict=True)) if line.labels else {}
-    for a, b in points if line.labels else ():
-        drawn.append(_mark(line.look, across(a), up(b), labels[a, b]))
+    for point, says, hollow in zip(line.points, line.labels, line.hollow or [False] * len(line.labels), strict=False):
+        if point in points:
+            drawn.append(_mark(line.look + " hollow" * hollow, across(point[0]), up(point[1]), says))
     return drawn
 
 

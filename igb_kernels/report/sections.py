@@ -126,7 +126,7 @@ def _bandwidth_chart(title: str, group: Sequence[Measurement], several: Sequence
     copies = sorted((float(m.moved_bytes or 0), (m.moved_bytes or 0) / m.rivals["copy"].timing.ms / 1e6) for m in group)
     lines.insert(0, Line(copies, "copy", [f"copy of {size(a)}: {digits(b)} GB/s" for a, b in copies]))
     return _figure(title, log_chart(f"{title}: GB/s over bytes moved", lines, Axis("bytes moved", size),
-                                    Axis("", lambda value: f"{digits(value, 2)} GB/s")))  # fmt: skip
+                                    Axis("", "{:.2g} GB/s".format)))  # fmt: skip
 
 
 # ---- Scaling ------------------------------------------------------------------------------------------------------
@@ -138,7 +138,8 @@ def scaling(measurements: Sequence[Measurement]) -> list[Element]:
     figures = [_scaling_of(title, group) for title, group in _groups(known, lambda m: kind(m, known))]
     return section(
         "Scaling in K and D",
-        "Points are medians; dotted lines are what was fitted to them: the overhead of a call and a power law.",
+        "Points are medians; dotted lines are what was fitted to them: the overhead of a call and a power law. A task's "
+        "gradients are 156 tensors; where all would fit in the caches, those are emptied before each call.",
         *figures,
     )
 
@@ -164,7 +165,9 @@ def _over(title: str, group: Sequence[Measurement], law: Fit | None, *, tasks: b
         inner = sorted((m for m in group if beside(m) == value), key=across)
         look = ramp(i, len(values))
         points = [(float(across(m)), m.timing.ms) for m in inner]
-        if law is not None and len(drawable(points)) > 1:
+        # Without an exponent of D, the law is that of the largest.
+        known = law is not None and (law.params is not None or (tasks and value == values[-1]))
+        if law is not None and known and len(drawable(points)) > 1:
             lines.append(Line([(float(across(m)), law.ms(m.tasks, m.params)) for m in inner], f"{look} law"))
         lines.append(Line(points, look, [says(m) for m in inner], _elements(value) if tasks else f"K={value}"))
     ticks = sorted({float(m.tasks) for m in group}) if tasks else None
@@ -183,7 +186,8 @@ def _elements(value: float) -> str:
 def _law(law: Fit | None, group: Sequence[Measurement]) -> list[Element | str]:
     if law is None:
         return ["Too few of these times leave the constant overhead behind to fit a law."]
-    said: list[Element | str] = [formula(law), f", from {law.points} points. "]
+    where = "" if law.params else f" at D = {count(max(m.params for m in group))}"
+    said: list[Element | str] = [formula(law), f"{where}, from {law.points} points. "]
     for tasks in dict.fromkeys([min(m.tasks for m in group), max(m.tasks for m in group)]):
         overhead, end = law.overhead_ms(tasks), law.overhead_ends(tasks)
         if overhead:
@@ -214,7 +218,7 @@ def solvers(measurements: Sequence[Measurement]) -> list[Element]:
     figures = [_solver(title, group, least) for title, group in _groups(drawn, lambda m: kind(m, known))]
     return section(
         "Solvers over K",
-        "One K×K solve, all on one scale. Where results disagree, the time is drawn, and no speed-up is given.",
+        "One K×K solve, all on one scale. Hollow marks: it comes to other weights, and there is no speed-up.",
         legend({"igb_kernels": "ours", **_rivals_in(drawn)}) if drawn else None,
         _charts(figures),
         _solver_table([m for m in known if m not in drawn]),
@@ -243,7 +247,7 @@ def _solver(title: str, group: Sequence[Measurement], least: tuple[float, float]
     law = fit((m.tasks, 0, ms) for m, ms in timed)
     caption: list[Element | str] = []
     if law is not None:
-        caption = [formula(law), " of the native call" if native else "", f" from {law.points} points on."]
+        caption = [formula(law), ", native call" if native else "", f", from {law.points} points."]
     x = Axis(TASKS, "{:g}".format, sorted({float(m.tasks) for m in inner}))
     chart = log_chart(f"{title}: time over K", lines, x, Axis("", time_at_tick, None, least), 200)
     return _figure(title, chart, *caption, *_wrong(inner))
@@ -252,7 +256,8 @@ def _solver(title: str, group: Sequence[Measurement], least: tuple[float, float]
 def _rival_line(name: str, measurements: Sequence[Measurement]) -> Line:
     there = [(m, m.rivals[name]) for m in measurements if name in m.rivals]
     return Line([(float(m.tasks), r.timing.ms) for m, r in there], look_of(name),
-                [says(m, NAMES.get(name, name), r.timing.ms) + _ratio_words(r) for m, r in there])  # fmt: skip
+                [says(m, NAMES.get(name, name), r.timing.ms) + _ratio_words(r) for m, r in there],
+                hollow=[r.speed_up is None for _, r in there])  # fmt: skip
 
 
 def _ratio_words(rival: Rival) -> str:
@@ -260,13 +265,19 @@ def _ratio_words(rival: Rival) -> str:
 
 
 def _wrong(measurements: Sequence[Measurement]) -> list[Element | str]:
-    """What there is no speed-up over, and why."""
-    names = len({m.name for m in measurements}) > 1
-    return [
-        node("div", node("span", "No speed-up", class_="wrong"), f" over {NAMES.get(name, name)} at "
-             f"{f'{m.name}, ' if names else ''}K = {m.tasks}: {r.note or 'results disagree'}")
-        for m, name, r in disagreements(measurements)
-    ]  # fmt: skip
+    """What there is no speed-up over, and why, by name and rival."""
+    groups: dict[tuple[str, str], list[tuple[Measurement, Rival]]] = {}
+    for m, name, r in disagreements(measurements):
+        groups.setdefault((m.name, name), []).append((m, r))
+    several = len({m.name for m in measurements}) > 1
+    said: list[Element | str] = []
+    for (method, name), found in groups.items():
+        where = f"{f'{method}, ' if several else ''}K = {', '.join(str(m.tasks) for m, _ in found)}"
+        why = found[0][1].note or "results disagree"
+        more = f" (at K = {found[0][0].tasks})" if len(found) > 1 else ""
+        strong = node("span", "No speed-up", class_="wrong")
+        said.append(node("div", strong, f" over {NAMES.get(name, name)} at {where}: {why}{more}"))
+    return said
 
 
 # ---- Steps --------------------------------------------------------------------------------------------------------

@@ -60,6 +60,7 @@ svg .end {{ fill: var(--look); font-weight: 600; paint-order: stroke; stroke: va
 .line.native {{ stroke-dasharray: 2 2; }}
 .line.law {{ stroke-width: 1; stroke-dasharray: 2 3; opacity: .8; }}
 .mark {{ fill: var(--look); stroke: var(--card); stroke-width: .75; }}
+.hollow {{ fill: var(--card); stroke: var(--look); stroke-width: 1.5; }}
 .bar {{ fill: var(--look); }}
 .part {{ stroke: var(--card); stroke-width: .75; }}
 .bars {{ display: block; overflow: visible; }}

@@ -37,9 +37,9 @@ def _wrong(measurements: Sequence[Measurement]) -> str:
 
 
 def _bandwidth(measurements: Sequence[Measurement]) -> str:
-    known = [(m.of_copy, m) for m in measurements if m.of_copy is not None and m.suite == "ops"]
-    if not known:
-        known = [(m.of_copy, m) for m in measurements if m.of_copy is not None]
+    ops = [m for m in measurements if m.suite == "ops"] or list(measurements)
+    most = {name: max(m.params for m in ops if m.name == name) for name in {m.name for m in ops}}
+    known = [(m.of_copy, m) for m in ops if m.of_copy is not None and m.params == most[m.name]]
     if not known:
         return ""
     fractions = [fraction for fraction, _ in known]
