@@ -138,8 +138,8 @@ def scaling(measurements: Sequence[Measurement]) -> list[Element]:
     figures = [_scaling_of(title, group) for title, group in _groups(known, lambda m: kind(m, known))]
     return section(
         "Scaling in K and D",
-        "Points are medians; dotted lines are what was fitted to them: the overhead of a call and a power law. A task's "
-        "gradients are 156 tensors; where all would fit in the caches, those are emptied before each call.",
+        "Points are medians; dotted lines are what was fitted to them: the overhead of a call and a power law. A "
+        "task's gradients are 156 tensors; where all would fit in the caches, those are emptied before each call.",
         *figures,
     )
 
