@@ -52,7 +52,7 @@ sanitize initcheck
 
 device=$("$PYTHON" -c "import re, torch; print(re.sub(r'\W+', '-', torch.cuda.get_device_name().lower()))")
 results=${RESULTS:-benchmarks/results/$device-$(date +%Y-%m-%d).json}
-stage bench 180 "$PYTHON" -m pytest benchmarks --gpu --gpu-json "$results" -p no:cacheprovider --tb=short
+stage bench 180 "$PYTHON" -m pytest benchmarks --gpu --results "$results" -p no:cacheprovider --tb=short
 stage memory 60 "$PYTHON" -m benchmarks.memory --gpu --without-peers --json "${results%.json}-memory.json"
 
 if ((${#failed[@]})); then

@@ -35,8 +35,12 @@ class Options:
     backend: str = "auto"
     methods: tuple[str, ...] = ()
     """May hold names of other suites that run with this one: take those that `accepts` knows."""
+    models: tuple[str, ...] = ()
+    """Of `bench.models`, those whose steps are measured."""
     peers: tuple[str, ...] = ()
     """Of "torchjd" and "libmtl", those to compare with; all are installed."""
+    memory: bool = False
+    """Whether the peak memory of steps is measured, too."""
     quick: bool = False
     """Small sizes and few cases."""
 

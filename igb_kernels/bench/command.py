@@ -21,6 +21,7 @@ from igb_kernels.bench import peers
 from igb_kernels.bench.cases import Case, Options, Suite, number
 from igb_kernels.bench.machine import results
 from igb_kernels.bench.measure import COPY, Harness
+from igb_kernels.bench.models import ALL, LONGEST, MODELS
 from igb_kernels.bench.regression import compare
 from igb_kernels.bench.results import Measurement, Results, Rival
 from igb_kernels.bench.scaling import sections as laws
@@ -63,10 +64,13 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     add("--device", type=_device, default=None, help="cpu, cuda or cuda:N (default: cuda where there is one)")
     add("--backend", type=_one_of("backend", ("auto", *BACKENDS)), default="auto", help="ours (default: auto)")
     add("--methods", type=_many(str), default=(), metavar="NAME,...", help="operations, methods, rules (default: all)")
+    add("--models", type=_many(_one_of("model", (*MODELS, ALL))), default=(), metavar="NAME,...",
+        help=f"of steps: {', '.join(MODELS)}; or all of at most {LONGEST:g} s (default: the first 3)")  # fmt: skip
     add("--compare", type=_compare, default=("all",), metavar="NAME,...",
         help=f"other libraries: {', '.join(peers.MODULES)}; all that are installed (default), or none")  # fmt: skip
     add("--seconds", type=_seconds, default=SECONDS,
         help="how long all may take, about: there is a least number of rounds (default: %(default)g)")  # fmt: skip
+    add("--memory", action="store_true", help="also the peak memory of steps, beyond that of the K backward passes")
     add("--quick", action="store_true", help="small sizes, and the best-known methods")
     add("--save", type=_in_folder(".json"), metavar="PATH.json", help="where to keep the results")
     add("--baseline", type=Path, metavar="PATH.json",
@@ -98,6 +102,8 @@ def options_of(given: argparse.Namespace) -> tuple[tuple[str, ...], Options, lis
         device=device,
         backend=given.backend,
         methods=given.methods,
+        models=given.models,
+        memory=given.memory,
         peers=tuple(name for name in asked if name in there),
         quick=given.quick or not given.suites,
     )
@@ -265,7 +271,7 @@ def progress(count: int) -> Iterator[Callable[[str, float], None]]:
 def sections(found: Results, remarks: Sequence[str] = ()) -> list[Section]:
     """A table of each suite."""
     machine = found.machine
-    where = f"{machine['device']}, {machine['threads']} threads, torch {machine['torch']}, commit {found.commit}"
+    where = f"{machine['device']}, threads: {machine['threads']}, torch {machine['torch']}, commit {found.commit}"
     parts = [
         Section(where, notes=["Median and quartiles of a call; × is their time over ours: above 1, ours is faster."])
     ]
@@ -305,8 +311,20 @@ def _table(name: str, measurements: Sequence[Measurement]) -> Section:
         for name, rival in m.rivals.items()
         if rival.speed_up and rival.note
     )
+    notes += [
+        f"{m.name}, K = {m.tasks}, {m.model}: peak memory beyond the bare passes, in gradients: "
+        + ", ".join(f"{who} {extra / (4 * m.params):.1f}" for who, extra in held.items())
+        for m in measurements
+        if (held := _held(m))
+    ]
     backend = ", ".join(dict.fromkeys(f"{m.backend} on {m.device}" for m in measurements))
     return Section(f"{name} ({backend})", kept, rows, notes)
+
+
+def _held(m: Measurement) -> dict[str, int]:
+    """Bytes beyond the bare passes, of ours and the rivals."""
+    held = {"ours": m.extra_bytes, **{name: rival.extra_bytes for name, rival in m.rivals.items()}}
+    return {name: extra for name, extra in held.items() if extra is not None}
 
 
 def _speed_up(rival: Rival | None) -> str:

@@ -18,6 +18,8 @@ ROW = 0.34
 """Inches for a measurement."""
 PANEL = 1.2
 """Inches around them."""
+OURS = (COPY, "native call")
+"""No rivals: a floor, and a part of our own time."""
 
 
 def draw(results: Results) -> Figure:
@@ -27,7 +29,7 @@ def draw(results: Results) -> Figure:
     heights = [PANEL + ROW * len(group) for group in groups] or [PANEL]
     figure = Figure(figsize=(13, sum(heights) + 0.5), layout="constrained")
     machine = results.machine
-    figure.suptitle(f"{machine['device']}, {machine['threads']} threads, torch {machine['torch']}", fontsize="medium")
+    figure.suptitle(f"{machine['device']}, threads: {machine['threads']}, torch {machine['torch']}", fontsize="medium")
     if not groups:
         return figure
     rows = figure.subfigures(len(groups), 1, height_ratios=heights, squeeze=False)[:, 0]
@@ -56,7 +58,7 @@ def _labels(group: Sequence[Measurement]) -> list[str]:
 
 
 def _speed_ups(axes: Any, group: Sequence[Measurement], title: str) -> None:
-    rivals = list(dict.fromkeys(name for m in group for name in m.rivals if name != COPY))
+    rivals = list(dict.fromkeys(name for m in group for name in m.rivals if name not in OURS))
     height = 0.8 / max(len(rivals), 1)
     for i, rival in enumerate(rivals):
         found = [(y, r.speed_up) for y, m in enumerate(group) if (r := m.rivals.get(rival)) and r.speed_up is not None]

@@ -166,18 +166,20 @@ class Harness:
         slow = [name for name in names if name not in close]
         rounds = {name: Rounds() for name in names}
         gc.collect()
-        began, slow_time, i = time.perf_counter(), 0.0, 0
+        began, slow_time, i = time.perf_counter(), sum(usual[name] for name in slow), 0
         while i < self.least_rounds or (time.perf_counter() - began < self.seconds and i < self.most_rounds):
             for name in close if i % 2 == 0 else close[::-1]:
                 turns[name].take(i, rounds[name])
-            # A slow one has its rounds as long as they take no more than the time in all, and one in any case.
-            if i == 0 or (i < self.SLOW_ROUNDS and slow_time < self.seconds):
+            # Slow ones have their rounds as long as they take no more than the time in all, and one in any case.
+            if slow and (i == 0 or (i < self.SLOW_ROUNDS and slow_time < self.seconds)):
                 before = time.perf_counter()
                 for name in slow:
-                    turns[name].take(i, rounds[name])
+                    if i or usual[name] < self.LONG:
+                        turns[name].take(i, rounds[name])
+                    else:  # to warm it up was a round
+                        rounds[name].seconds[i] = usual[name]
                 slow_time += time.perf_counter() - before
-                if slow:
-                    turns[names[0]].once()
+                turns[names[0]].once()
             i += 1
         return rounds
 

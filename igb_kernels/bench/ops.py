@@ -22,10 +22,11 @@ from igb_kernels.bench.results import Measurement
 
 TASKS = (3, 8)
 PARAMS, QUICK_PARAMS = RESNET50, 1_000_000
-TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4}
-"""Of the relative error with which somebody does the same."""
+TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5}
+"""The largest error of a kernel; in half precision that of results that are rounded to it:"""
 HALF_TOLERANCE = 2e-2
-"""In half precision, where others also keep sums in it."""
+EAGER_TOLERANCE = 1e-2
+"""Of plain PyTorch in float32: its inner products of 23.5 million elements are off by 3e-3."""
 DECAY, EPS = 0.9, 1e-7
 
 
@@ -287,12 +288,14 @@ def measure(
     if free is not None and lavish > 0.8 * free:
         harness.remark(f"no room to run eager PyTorch and the reference at K = {tasks}, D = {number(params)}")
     else:
-        # Where other random numbers are drawn, norms differ by about 1/√D.
-        wide = max(tolerance, 10 * g.params**-0.5) if job.eager_note else tolerance
+        wide = max(tolerance, EAGER_TOLERANCE) if dtype is torch.float32 else tolerance
+        if job.eager_note:  # with other random numbers, norms differ by about 1/√D
+            wide = max(wide, 10 * g.params**-0.5)
         off = job.eager_error or job.error
         rivals["eager"] = Contender(job.eager, lambda: off(job.eager()), wide, note=job.eager_note)
         if own != "reference":
-            rivals["reference"] = on("reference")
+            # Where it is what the truth is from, that need not be seen again.
+            rivals["reference"] = Contender(partial(job.run, "reference")) if name == "sign_drop" else on("reference")
     return harness.measure(
         on(own),
         rivals,

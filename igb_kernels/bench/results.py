@@ -47,6 +47,8 @@ class Rival:
     """How far its result is from the float64 truth, relative; None: there is nothing to compare (a copy)."""
     note: str = ""
     """Why there is no speed-up, or what else there is to say."""
+    extra_bytes: int | None = None
+    """As for a measurement."""
 
 
 @dataclass(frozen=True)
@@ -70,9 +72,12 @@ class Measurement:
     """What an ideal implementation reads and writes; None where memory is not what counts."""
     model: str | None = None
     rivals: dict[str, Rival] = field(default_factory=dict)
-    """By name: "copy" (of `moved_bytes`), "reference", "eager", "torchjd", "libmtl", "passes" (the K bare passes)."""
+    """By name: "copy" (of `moved_bytes`), "reference", "eager", "torchjd", "libmtl"; of a step also "passes" (the K
+    bare ones), "passes + copy" (of K gradients), and "with forward" (ours, as other libraries' steps are timed)."""
     note: str = ""
     """Why our own result counts as wrong; there are no speed-ups then."""
+    extra_bytes: int | None = None
+    """Of a step: its peak memory beyond that of the K bare passes; None where it was not measured."""
 
     @property
     def gb_per_s(self) -> float | None:
