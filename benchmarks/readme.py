@@ -254,9 +254,10 @@ def loops() -> str:
     """Steps in other libraries' training loops."""
     models = {**MODELS, "qm9-schnet": "QM9's SchNet, 59 thousand"}
     sizes = (3, 8, 11)
+    suites = {"torchjd": "torchjd_step", "libmtl": "libmtl"}
 
     def one(rival: str, name: str, model: str, tasks: int) -> str:
-        m = found("integrations", name=name, model=model, tasks=tasks)
+        m = found("integrations", suite=suites[rival], name=name, model=model, tasks=tasks)
         if m is None or rival not in m.rivals:
             return NOTHING
         ratio = m.rivals[rival].speed_up

@@ -18,8 +18,9 @@ FLOORS = {
     "step": ("passes",),
     "solvers": ("reference", "native call"),
 }
-"""What each suite's measurements are compared with: the first that both have."""
+"""What each suite's measurements are compared with: the first that both have. In other suites, that is any rival."""
 TOLERANCES = {"ops": 0.25, "scaling": 0.25, "step": 0.15, "solvers": 0.5}
+OTHERS = 0.25
 """By how much a ratio may grow beyond the spread."""
 
 Key = tuple[object, ...]
@@ -106,7 +107,8 @@ def called(m: Measurement) -> str:
 
 def _compare(old: Measurement, new: Measurement, found: Comparison) -> None:
     name = called(old)
-    floor = next((f for f in FLOORS.get(old.suite, ()) if f in old.rivals and f in new.rivals), None)
+    floors = FLOORS.get(old.suite, tuple(old.rivals))
+    floor = next((f for f in floors if f in old.rivals and f in new.rivals), None)
     if floor is None:
         found.incomparable.append(f"{name}: it has no floor in both runs.")
         return
@@ -117,7 +119,7 @@ def _compare(old: Measurement, new: Measurement, found: Comparison) -> None:
         found.wrong.append(name)
     else:
         spread = old.timing.high / old.timing.ms / (new.timing.low / new.timing.ms)
-        allowed = before * (1 + TOLERANCES[old.suite]) * spread
+        allowed = before * (1 + TOLERANCES.get(old.suite, OTHERS)) * spread
         found.changes.append(Change(name, floor, before, now, allowed, now > allowed))
 
 

@@ -88,6 +88,8 @@ def _numbers(measurement: Measurement) -> Iterator[object]:
     timings = [measurement.timing, *(rival.timing for rival in measurement.rivals.values())]
     yield from (value for timing in timings for value in (timing.ms, timing.low, timing.high, timing.rounds))
     yield from (measurement.tasks, measurement.params)
-    some = [measurement.error, measurement.moved_bytes]
-    some += [value for rival in measurement.rivals.values() for value in (rival.speed_up, rival.error)]
+    some = [measurement.error, measurement.moved_bytes, measurement.extra_bytes]
+    some += [
+        value for rival in measurement.rivals.values() for value in (rival.speed_up, rival.error, rival.extra_bytes)
+    ]
     yield from (value for value in some if value is not None)

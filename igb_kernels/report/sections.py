@@ -11,7 +11,7 @@ from igb_kernels.bench.fits import Fit, fit
 from igb_kernels.bench.results import Measurement, Rival
 from igb_kernels.report.charts import Axis, Line, Row, bar, drawable, key, log_chart, ratio_chart
 from igb_kernels.report.nodes import node
-from igb_kernels.report.summary import NAMES, OURS, disagreements
+from igb_kernels.report.summary import NAMES, OURS, disagreements, is_step
 from igb_kernels.report.words import count, digits, power, size, time, time_at_tick
 
 LOOKS = {"copy": "copy", "reference": "reference", "eager": "eager", "torchjd": "torchjd", "libmtl": "libmtl",
@@ -285,8 +285,8 @@ def _wrong(measurements: Sequence[Measurement]) -> list[Element | str]:
 
 def steps(measurements: Sequence[Measurement]) -> list[Element]:
     """Speed-ups of whole steps, by model."""
-    known = [m for m in measurements if m.suite == "step"]
-    figures = [_steps_of(model, group) for model, group in _groups(known, lambda m: m.model or "")]
+    known = [m for m in measurements if is_step(m)]
+    figures = [_steps_of(title, group) for title, group in _groups(known, _model)]
     return section(
         "Whole steps and peers",
         "How many times as long the same step takes elsewhere. The K bare backward passes are the floor: at 1× "
@@ -296,7 +296,12 @@ def steps(measurements: Sequence[Measurement]) -> list[Element]:
     )  # fmt: skip
 
 
-def _steps_of(model: str, group: Sequence[Measurement]) -> Element | None:
+def _model(m: Measurement) -> str:
+    suite = "" if m.suite == "step" else f"{m.suite}: "
+    return suite + ", ".join([*([m.model] if m.model else []), *([f"{count(m.params)} shared"] if m.params else [])])
+
+
+def _steps_of(title: str, group: Sequence[Measurement]) -> Element | None:
     inner = sorted(group, key=lambda m: (m.name, m.dtype, m.device, m.backend, m.tasks))
     several = len({(m.dtype, m.device, m.backend) for m in inner}) > 1
     rows = []
@@ -306,7 +311,6 @@ def _steps_of(model: str, group: Sequence[Measurement]) -> Element | None:
         without = [(look_of(n), f"{NAMES.get(n, n)}: {r.note}") for _, n, r in disagreements([m])]
         name = f"{m.name}, K={m.tasks}" + (f", {m.dtype}, {m.device}, {m.backend}" if several else "")
         rows.append(Row(name, known, without))
-    title = f"{model}, {count(inner[0].params)} shared" if model else f"{count(inner[0].params)} shared"
     chart = ratio_chart(f"{title}: speed-ups", rows, "times as fast", (0.8, 2.0))
     return _figure(title, chart, *_wrong(inner))
 
@@ -406,36 +410,44 @@ def table(columns: Sequence[tuple[str, str]], rows: Iterable[Sequence[Element]],
 
 
 def tables(measurements: Sequence[tuple[int, Measurement]]) -> list[Element]:
-    """All of it; the numbers are those of the runs."""
-    elements = []
-    for suite, group in groupby(sorted(measurements, key=lambda pair: pair[1].suite), key=lambda pair: pair[1].suite):
-        rows = list(group)
-        memory = any(m.moved_bytes is not None for _, m in rows)
-        host = any(m.timing.host_ms is not None for _, m in rows)
-        model = any(m.model is not None for _, m in rows)
-        columns = [("name", ""), *([("model", "")] if model else []), ("K", "number"), ("D", "number"), ("dtype", ""),
-                   ("median", "number"), ("quartiles", ""), ("rounds", "number"),
-                   *([("host", "number")] if host else []), ("error", "number"),
-                   *([("moves", "number"), ("GB/s", "number")] if memory else []), ("rivals", ""), ("on", ""),
-                   ("run", "number")]  # fmt: skip
-        elements += [node("h4", suite), table(columns, [_row(run, m, model, host, memory) for run, m in rows])]
+    """All of it, by suite; the numbers are those of the runs."""
+    elements: list[Element] = []
+    for suite in sorted({m.suite for _, m in measurements}):
+        rows = [(run, m) for run, m in measurements if m.suite == suite]
+        cells = {name: [cell(m) for _, m in rows] for name, (_, cell) in COLUMNS.items()}
+        kept = [name for name, of_column in cells.items() if any(of_column)]
+        columns = [*((name, COLUMNS[name][0]) for name in kept), ("run", "number")]
+        body = [
+            [*(node("td", cells[name][i] or "–", class_=look or None) for name, look in columns[:-1]), number(str(run))]
+            for i, (run, _) in enumerate(rows)
+        ]
+        elements += [node("h4", suite), table(columns, body)]
     return elements
 
 
-def _row(run: int, m: Measurement, model: bool, host: bool, memory: bool) -> list[Element]:
-    t = m.timing
-    wrong = node("div", node("span", "wrong", class_="wrong"), f": {m.note}") if m.note else None
-    return [
-        node("td", m.name), *([node("td", m.model or "")] if model else []),
-        number(str(m.tasks)), number(count(m.params) if m.params else "–"), node("td", m.dtype),
-        number(time(t.ms)), node("td", _quartiles(t.low, t.high)), number(str(t.rounds)),
-        *([number("" if t.host_ms is None else time(t.host_ms))] if host else []),
-        number("–" if m.error is None else f"{m.error:.1e}"),
-        *([number("–" if m.moved_bytes is None else size(m.moved_bytes)),
-           number("–" if m.gb_per_s is None else digits(m.gb_per_s))] if memory else []),
-        node("td", [wrong, *(_rival(name, rival) for name, rival in m.rivals.items())]),
-        node("td", f"{m.device}, {m.backend}"), number(str(run)),
-    ]  # fmt: skip
+Cell = Callable[[Measurement], str | list[Element]]
+COLUMNS: dict[str, tuple[str, Cell]] = {
+    "name": ("", lambda m: m.name),
+    "model": ("", lambda m: m.model or ""),
+    "K": ("number", lambda m: str(m.tasks)),
+    "D": ("number", lambda m: count(m.params) if m.params else ""),
+    "dtype": ("", lambda m: m.dtype),
+    "median": ("number", lambda m: time(m.timing.ms)),
+    "quartiles": ("", lambda m: _quartiles(m.timing.low, m.timing.high)),
+    "rounds": ("number", lambda m: str(m.timing.rounds)),
+    "host": ("number", lambda m: "" if m.timing.host_ms is None else time(m.timing.host_ms)),
+    "error": ("number", lambda m: "" if m.error is None else f"{m.error:.1e}"),
+    "moves": ("number", lambda m: "" if m.moved_bytes is None else size(m.moved_bytes)),
+    "GB/s": ("number", lambda m: "" if m.gb_per_s is None else digits(m.gb_per_s)),
+    "peak over passes": ("number", lambda m: "" if m.extra_bytes is None else size(m.extra_bytes)),
+    "rivals": ("", lambda m: [*_own_note(m), *(_rival(name, rival) for name, rival in m.rivals.items())]),
+    "on": ("", lambda m: f"{m.device}, {m.backend}"),
+}
+"""Classes of their cells, and what is in them; columns of nothing are left out."""
+
+
+def _own_note(m: Measurement) -> list[Element]:
+    return [node("div", node("span", "wrong", class_="wrong"), f": {m.note}")] if m.note else []
 
 
 def _quartiles(low: float, high: float) -> str:
@@ -448,5 +460,6 @@ def _rival(name: str, r: Rival) -> Element:
     if name in OURS:
         ratio = "ours"
     rest = [f"error {r.error:.1e}"] if r.error is not None else []
+    rest += [f"peak {size(r.extra_bytes)} over the passes"] if r.extra_bytes is not None else []
     rest += [r.note] if r.note else []
     return node("div", said, ratio, "".join(f", {part}" for part in rest))

@@ -24,6 +24,11 @@ def disagreements(measurements: Iterable[Measurement]) -> list[tuple[Measurement
     ]
 
 
+def is_step(m: Measurement) -> bool:
+    """Whether it is a step of a model, of whichever suite."""
+    return m.suite == "step" or m.model is not None
+
+
 def sentences(measurements: Sequence[Measurement]) -> list[str]:
     """Two to four."""
     parts = (_wrong, _bandwidth, _steps, _rivals, _disagreements)
@@ -53,7 +58,7 @@ def _bandwidth(measurements: Sequence[Measurement]) -> str:
 
 
 def _steps(measurements: Sequence[Measurement]) -> str:
-    ratios = [1 / s for m in measurements if m.suite == "step" and (s := _speed_up(m, "passes"))]
+    ratios = [1 / s for m in measurements if is_step(m) and (s := _speed_up(m, "passes"))]
     if not ratios:
         return ""
     return f"A balanced step takes {_range(ratios, 3)} times as long as the K backward passes in it."
@@ -66,7 +71,7 @@ def _rivals(measurements: Sequence[Measurement]) -> str:
         ("solvers", "solvers are"),
         ("ops", "operations on gradients are"),
     ):
-        of_suite = [m for m in measurements if m.suite == suite]
+        of_suite = [m for m in measurements if (is_step(m) if suite == "step" else m.suite == suite)]
         rivals = [name for name in PEERS if any(name in m.rivals for m in of_suite)] or ["eager"]
         found = []
         for rival in rivals:

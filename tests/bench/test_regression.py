@@ -100,6 +100,16 @@ def test_the_native_call_is_the_floor_where_the_reference_was_not_run():
     assert change.name == "solvers nash_mtl (K = 3, float32, cpu, cpu)"
 
 
+def test_other_suites_are_compared_with_whatever_rival_they_have():
+    def loop(ratio: float) -> Measurement:
+        m = measured("step", "UPGrad", ratio, model="mlp-33k")
+        return replace(m, suite="loops", rivals={"torchjd": m.rivals["passes"]})
+
+    assert compare([loop(0.5)], [loop(0.51)]).right
+    (change,) = compare([loop(0.5)], [loop(1.0)]).worse
+    assert change.floor == "torchjd"
+
+
 def test_results_that_disagree_now_are_wrong_however_fast():
     def wrong(m: Measurement) -> Measurement:
         return replace(m, rivals={name: replace(r, speed_up=None) for name, r in m.rivals.items()})
