@@ -77,7 +77,7 @@ def report(options: argparse.Namespace) -> int:
         )
         return 0 if there else 1
     for name, why in found.skipped.items():
-        print(f"skipped {name}: {why}", file=sys.stderr)
+        print(f"skipped: {name} {why}", file=sys.stderr)
     if there:
         print(f"{options.out}: {number(len(found.runs), 'run')} and {number(len(found.profiles), 'profile')}")
     else:

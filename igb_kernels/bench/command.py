@@ -73,8 +73,8 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     add("--memory", action="store_true", help="also the peak memory of steps, beyond that of the K backward passes")
     add("--quick", action="store_true", help="small sizes, and the best-known methods")
     add("--save", type=_in_folder(".json"), metavar="PATH.json", help="where to keep the results")
-    add("--baseline", type=Path, metavar="PATH.json",
-        help="a run to compare with, by ratios to copy, passes and reference; exit code 1 where slower")  # fmt: skip
+    add("--baseline", type=Path, action="append", default=[], metavar="PATH.json",
+        help="runs to compare with, by ratios to copy, passes and reference; exit code 1 where slower")  # fmt: skip
     add("--figure", type=_in_folder(*FIGURES), metavar="PATH.png", help="where to draw them; also .svg and .pdf")
 
 
@@ -191,7 +191,7 @@ def run(given: argparse.Namespace) -> int:
     """Measures, prints and saves; 1 where our results are wrong, or something is slower than in the baseline."""
     try:
         suites, options, remarks = options_of(given)
-        baseline = None if given.baseline is None else Results.load(given.baseline)
+        baseline = [m for path in given.baseline for m in Results.load(path).measurements]
     except (OSError, ValueError) as error:
         given.error(str(error))
     if given.figure is not None and find_spec("matplotlib") is None:
@@ -206,7 +206,7 @@ def run(given: argparse.Namespace) -> int:
         from igb_kernels.bench.figure import draw
 
         draw(found).savefig(given.figure)
-    compared = None if baseline is None else compare(baseline.measurements, found.measurements)
+    compared = compare(baseline, found.measurements) if given.baseline else None
     wrong = [f"{m.name}, K = {m.tasks}, {m.dtype}: {m.note}" for m in found.measurements if m.note]
     if given.json:
         print(found.to_json())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -54,17 +54,17 @@ def find(folder: Path) -> Found:
         try:
             content = json.loads(path.read_text())
             if _is_profile(content):
-                found.profiles += [Profile(name, figures) for figures in _each(content)]
+                found.profiles += [Profile(name, _checked_profile(figures)) for figures in _each(content)]
             elif isinstance(content, dict) and "schema" in content:
                 found.runs.append(Run(name, _checked(Results.load(path))))
             else:
-                found.skipped[name] = "neither a result of `bench` nor of `profile --json`"
+                found.skipped[name] = "is neither a result of `bench` nor of `profile --json`"
         except (OSError, UnicodeDecodeError) as error:
-            found.skipped[name] = f"it cannot be read: {error}"
+            found.skipped[name] = f"cannot be read: {error}"
         except json.JSONDecodeError as error:
-            found.skipped[name] = f"it is not JSON: {error}"
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
-            found.skipped[name] = f"it is not what `bench` saves: {type(error).__name__}: {error}"
+            found.skipped[name] = f"is not JSON: {error}"
+        except ValueError as error:
+            found.skipped[name] = str(error).removeprefix(f"{path} ")
     return found
 
 
@@ -78,10 +78,26 @@ def _is_profile(content: Any) -> bool:
 
 def _checked(results: Results) -> Results:
     for measurement in results.measurements:
-        for value in _numbers(measurement):
-            if not isinstance(value, (int, float)):
-                raise TypeError(f"{measurement.name} has {value!r} where a number must be")
+        _must_be_numbers(_numbers(measurement), measurement.name)
     return results
+
+
+def _checked_profile(figures: dict[str, Any]) -> dict[str, Any]:
+    try:
+        parts, compared = figures["parts"], figures["compared"]
+        times = [part["host_ms"] if part["device_ms"] is None else part["device_ms"] for part in parts]
+        times += [value for c in compared for value in (c["reference_ms"], c["ratio"] or 0.0)]
+        [*figures["advice"], *figures["notes"]]
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"is not a whole profile: {type(error).__name__}: {error}") from error
+    _must_be_numbers(times, str(figures["balancer"]))
+    return figures
+
+
+def _must_be_numbers(values: Iterable[object], where: str) -> None:
+    for value in values:
+        if not isinstance(value, (int, float)):
+            raise ValueError(f"has {value!r} where a number must be, in {where}")
 
 
 def _numbers(measurement: Measurement) -> Iterator[object]:

@@ -134,5 +134,5 @@ def _tables(chapters: Sequence[tuple[str, Sequence[Run]]]) -> list[Element]:
 def _skipped(found: Found) -> list[Element]:
     if not found.skipped:
         return []
-    listed = [node("li", f"{name}: {why}") for name, why in found.skipped.items()]
+    listed = [node("li", f"{name} {why}") for name, why in found.skipped.items()]
     return [node("h2", "Files that are not shown"), node("ul", listed)]

@@ -286,7 +286,8 @@ def _wrong(measurements: Sequence[Measurement]) -> list[Element | str]:
 def steps(measurements: Sequence[Measurement]) -> list[Element]:
     """Speed-ups of whole steps, by model."""
     known = [m for m in measurements if is_step(m)]
-    figures = [_steps_of(title, group) for title, group in _groups(known, _model)]
+    first, others = ([m for m in known if (m.suite == "step") is own] for own in (True, False))
+    figures = [_steps_of(title, group) for title, group in [*_groups(first, _model), *_groups(others, _model)]]
     return section(
         "Whole steps and peers",
         "How many times as long the same step takes elsewhere. The K bare backward passes are the floor: at 1× "

@@ -216,15 +216,30 @@ def test_the_command(tmp_path, capsys):
     assert main(["report", str(tmp_path), "--out", str(out)]) == 0
     printed = capsys.readouterr()
     assert printed.out == f"{out}: 1 run and 0 profiles\n"
-    assert "skipped notes.json: neither a result of `bench` nor of `profile --json`" in printed.err
-    assert "skipped broken.json: it is not what `bench` saves: KeyError: 'rivals'" in printed.err
+    assert "skipped: notes.json is neither a result of `bench` nor of `profile --json`" in printed.err
+    assert "skipped: broken.json is not a whole result of `bench`: KeyError: 'rivals'" in printed.err
     text = Parsed(out.read_text(encoding="utf-8")).text
-    assert "notes.json: neither a result" in text
+    assert "notes.json is neither a result" in text
     assert main(["report", str(tmp_path), "--out", str(out), "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["page"] == str(out)
     assert found["shown"] == ["below/r.json"]
     assert set(found["skipped"]) == {"notes.json", "broken.json"}
+
+
+@pytest.mark.parametrize("broken", [{"parts": [{"name": "x"}]}, {"compared": [1]}, {"notes": None}, {"parts": 1}])
+def test_a_broken_profile_is_skipped(tmp_path, broken):
+    (tmp_path / "p.json").write_text(json.dumps({**profile(), **broken}))
+    found = find(tmp_path)
+    assert not found.profiles
+    assert found.skipped["p.json"].startswith("is not a whole profile: ")
+
+
+def test_a_number_that_is_text_is_not_shown(tmp_path):
+    save(tmp_path, [measurement("ops", "x", 1.0)])
+    path = tmp_path / "r.json"
+    path.write_text(path.read_text().replace('"low": 0.97', '"low": "<b>"'))
+    assert find(tmp_path).skipped == {"r.json": "has '<b>' where a number must be, in x"}
 
 
 @pytest.mark.parametrize("there", [True, False])
