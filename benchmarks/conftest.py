@@ -99,8 +99,7 @@ def measure(request, device) -> Callable[[Case], Measurement]:
 @pytest.fixture
 def compare(request, device, measure) -> Callable[..., Measurement]:
     """Times a function and its rivals on the same arguments; that they do the same is the test's to see."""
-    tasks = getattr(request.node, "callspec", None)
-    tasks = tasks.params.get("tasks", 0) if tasks is not None else 0
+    given = request.node.callspec.params if hasattr(request.node, "callspec") else {}
 
     def run(
         ours: Callable[..., object],
@@ -119,13 +118,14 @@ def compare(request, device, measure) -> Callable[..., Measurement]:
             return harness.measure(
                 Contender(ours, setup=setup),
                 {name: Contender(call) for name, call in {**rivals, **slow_rivals}.items()},
-                suite=request.path.stem.removeprefix("test_"),
-                name=request.node.name,
-                tasks=tasks,
+                suite=request.node.originalname.removeprefix("test_"),
+                name=given.get("method", request.node.name),
+                tasks=given.get("tasks", 0),
                 params=0,
                 dtype=torch.float32,
                 backend=igb_backend(device),
                 moved_bytes=moved_bytes,
+                model=given.get("model"),
             )
 
         return measure(Case(request.node.name, case))
