@@ -154,7 +154,9 @@ def ops() -> str:
     ]
 
     def cell(name: str, who: str, tasks: int) -> str:
-        return joined([ms_of(found("ops", name=name, tasks=tasks, dtype="float32"), who)], lambda ms: f"{ms:.0f} ms")
+        return joined(
+            [ms_of(found("ops", suite="ops", name=name, tasks=tasks, dtype="float32"), who)], lambda ms: f"{ms:.0f} ms"
+        )
 
     params = {m.params for m in results("ops").measurements}
     header = f"gradients of ResNet-50: {max(params) / 1e6:.1f} million elements in 156 tensors"
@@ -174,12 +176,12 @@ def step() -> str:
             "DB-MTL (beta 0.9)": "db_mtl", "DB-MTL (beta 0)": "db_mtl-beta0"}  # fmt: skip
 
     def over_passes(name: str, model: str, tasks: int) -> float | None:
-        m = found("step", name=name, model=model, tasks=tasks)
+        m = found("step", suite="step", name=name, model=model, tasks=tasks)
         passes = None if m is None else m.rivals["passes"].speed_up
         return None if passes is None else 1 / passes
 
     def with_copy(model: str, tasks: int) -> float | None:
-        m = found("step", name="igb_v1+nash_mtl", model=model, tasks=tasks)
+        m = found("step", suite="step", name="igb_v1+nash_mtl", model=model, tasks=tasks)
         both, passes = ms_of(m, "passes + copy"), ms_of(m, "passes")
         return None if both is None or passes is None else both / passes
 
@@ -223,11 +225,11 @@ def memory() -> str:
 def solvers() -> str:
     """Those that other libraries have, too."""
     sizes = (3, 8, 16, 64)
-    solves = [m for m in results("solvers").measurements if m.dtype == "float64"]
+    solves = [m for m in results("solvers").measurements if m.suite == "solvers" and m.dtype == "float64"]
     compared = sorted({m.name for m in solves if m.rivals.keys() & {"torchjd", "libmtl"}})
 
     def one(name: str, tasks: int, who: str) -> str:
-        m = found("solvers", name=name, tasks=tasks, dtype="float64")
+        m = found("solvers", suite="solvers", name=name, tasks=tasks, dtype="float64")
         ms = ms_of(m, who)
         return NOTHING if ms is None else _microseconds(ms) + OTHERWISE * disagrees(m, who)
 

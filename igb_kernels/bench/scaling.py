@@ -98,6 +98,8 @@ class _Rows:
         """None where there is no memory for so many."""
         if self._key != (params, dtype):
             self._key, self._made = (params, dtype), None
+            if self._device.type == "cuda":
+                torch.cuda.empty_cache()  # what it keeps would not count as free
             free = free_bytes(self._device)
             room = math.inf if free is None else OF_MEMORY * free / (params * dtype.itemsize) - 2
             if fitting := [k for k in self._several if k <= room]:
