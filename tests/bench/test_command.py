@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import pathlib
 import subprocess
 import sys
@@ -29,7 +30,9 @@ def small_caches(monkeypatch):
 
 
 def subprocess_of(*arguments):
-    return subprocess.run([sys.executable, "-m", *arguments], capture_output=True, text=True, timeout=120, cwd=ROOT)
+    env = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}  # no xdist in there
+    command = [sys.executable, "-m", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=ROOT, env=env)
 
 
 def results_in(text, tmp_path):
