@@ -135,5 +135,8 @@ class Reached:
         if self._last is None or self._last[0] != here or self._last[1].device != device:
             self._last = here, torch.tensor(here, dtype=torch.int32).to(device)
         counts = self._last[1].clone()
-        dist.all_reduce(counts, group=self._ranks.group)
+        work = dist.all_reduce(counts, group=self._ranks.group, async_op=True)
+        if all(here) and not counts.is_cuda:  # others may have to wait for it
+            return here
+        work.wait()
         return here if all(here) else [count > 0 for count in counts.tolist()]
