@@ -14,7 +14,6 @@ import datetime
 import json
 import math
 import os
-import platform
 import shlex
 import socket
 import stat
@@ -26,6 +25,7 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
+from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -35,8 +35,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 import igb_kernels as igb
-from benchmarks.machine import commit, cpu_name
-from benchmarks.models import MODELS, Task
+from igb_kernels.bench.machine import commit, machine
+from igb_kernels.bench.models import MODELS, SMALL, MultiTask
 from igb_kernels.bench.results import Timing
 from igb_kernels.distributed.flat import BUCKET_BYTES, PART_BYTES
 from igb_kernels.distributed.shards import all_gather
@@ -44,8 +44,13 @@ from igb_kernels.distributed.shards import all_gather
 Step = Callable[[], None]
 """From a batch to `.grad`."""
 
-Build = Callable[[int], Task]
+Build = Callable[[int], MultiTask]
 """From the number of tasks."""
+
+
+def built(model: str, tasks: int) -> MultiTask:
+    return MODELS[model].build(tasks, torch.device("cpu"))
+
 
 TIMEOUT = datetime.timedelta(minutes=2)
 WARM_UP = 3
@@ -108,7 +113,7 @@ def _rule(method: str, tasks: int) -> igb.losses.LossBalancer | None:
     return igb.IGBv1(base_losses=[1.0] * tasks) if method.startswith("igb_v1") else None
 
 
-def task_of(build: Build, tasks: int) -> Task:
+def task_of(build: Build, tasks: int) -> MultiTask:
     """The same parameters on every rank, and a batch of its own."""
     torch.manual_seed(0)
     task = build(tasks)
@@ -117,7 +122,7 @@ def task_of(build: Build, tasks: int) -> Task:
     return task
 
 
-def ours(task: Task, method: str) -> Step:
+def ours(task: MultiTask, method: str) -> Step:
     balancer = igb.Balancer(
         METHODS[method][0](),
         _rule(method, len(task.heads)),
@@ -132,7 +137,7 @@ def ours(task: Task, method: str) -> Step:
     return step
 
 
-def lagged(task: Task) -> Step:
+def lagged(task: MultiTask) -> Step:
     """Nash-MTL between two updates of its weights."""
     balancer = igb.Balancer(igb.NashMTL(update_every=10**6), shared=task.shared, process_group=dist.group.WORLD)
 
@@ -144,19 +149,18 @@ def lagged(task: Task) -> Step:
     return step
 
 
-def at_representation(task: Task) -> Step:
+def at_representation(task: MultiTask) -> Step:
     balancer = igb.Balancer(igb.NashMTL(), shared=task.shared, process_group=dist.group.WORLD)
 
     def step() -> None:
         task.zero_grad()
         representation = task.encoder(task.batch)
-        losses = [(head(representation) - 1).square().mean() for head in task.heads]
-        balancer.backward(losses, representation=representation)
+        balancer.backward(task.losses_at(representation), representation=representation)
 
     return step
 
 
-def all_reduces(task: Task, method: str, *, overlapped: bool) -> Step:
+def all_reduces(task: MultiTask, method: str, *, overlapped: bool) -> Step:
     """What people write: each task's gradients flattened and averaged over the ranks, then the same balancer on whole
     rows, by this package's operations; `overlapped`: a row is on its way while the next pass runs."""
     K, ranks = len(task.heads), dist.get_world_size()
@@ -211,27 +215,26 @@ def all_reduces(task: Task, method: str, *, overlapped: bool) -> Step:
 
 
 class SumOfLosses(nn.Module):
-    def __init__(self, task: Task) -> None:
+    def __init__(self, task: MultiTask) -> None:
         super().__init__()
-        self.encoder, self.heads = task.encoder, task.heads
+        self.encoder, self.heads, self._task = task.encoder, task.heads, task
 
-    def forward(self, batch: Tensor) -> Tensor:
-        representation = self.encoder(batch)
-        return torch.stack([(head(representation) - 1).square().mean() for head in self.heads]).sum()
+    def forward(self) -> Tensor:
+        return torch.stack(self._task.losses()).sum()
 
 
-def plain_ddp(task: Task) -> Step:
+def plain_ddp(task: MultiTask) -> Step:
     """DistributedDataParallel and the plain sum of the losses, which balances nothing."""
     module = nn.parallel.DistributedDataParallel(SumOfLosses(task))
 
     def step() -> None:
         task.zero_grad()
-        module(task.batch).backward()
+        module().backward()
 
     return step
 
 
-def bare_passes(task: Task) -> Step:
+def bare_passes(task: MultiTask) -> Step:
     """K backward passes of this rank's batch that keep and send nothing."""
 
     def step() -> None:
@@ -265,7 +268,7 @@ class Sizes:
         return (self.ranks - 1) / self.ranks
 
 
-SCHEMES: dict[str, tuple[str, Callable[[Task], Step], Callable[[int], float]]] = {
+SCHEMES: dict[str, tuple[str, Callable[[MultiTask], Step], Callable[[int], float]]] = {
     "ours": ("f (K+1) Db", lambda task: ours(task, "igb_v1+nash_mtl"), lambda K: K + 1),
     "ours, norms alone": ("f (K+1) Db", lambda task: ours(task, "db_mtl-beta0"), lambda K: K + 1),
     "K all-reduces": (
@@ -444,7 +447,7 @@ def count(ranks: Sequence[int], tasks: Sequence[int], model: str) -> list[dict[s
     )
     for N in ranks:
         for K in tasks:
-            each = on_ranks(N, counted, MODELS[model], K)
+            each = on_ranks(N, counted, partial(built, model), K)
             most = {scheme: max(one[scheme][0] for one in each) for scheme in SCHEMES}
             for scheme, (sent, sizes) in each[0].items():
                 sent, exact = most[scheme], formula(scheme, sizes)
@@ -466,7 +469,7 @@ def time_steps(
     print("|---|---|---|---|---|---|---|")
     for N in ranks:
         for K in tasks:
-            for method, seconds in on_ranks(N, timed, MODELS[model], K, methods, rounds)[0].items():
+            for method, seconds in on_ranks(N, timed, partial(built, model), K, methods, rounds)[0].items():
                 own = seconds["ours"]
                 ratios = {
                     name: statistics.median(a / b for a, b in zip(own, other, strict=True))
@@ -489,7 +492,7 @@ def time_steps(
 
 def check_model(timings: Sequence[dict[str, Any]], model: str, rounds: int) -> dict[str, Any]:
     """What the model makes of costs that were measured on two ranks, against the steps' times."""
-    task = MODELS[model](1)
+    task = built(model, 1)
     row = sum(p.nbytes for p in task.shared)
     costs = on_ranks(2, calibrated, row, rounds)[0]
     print(
@@ -535,7 +538,7 @@ def main() -> None:
     parser.add_argument("--ranks", nargs="+", type=int, default=[2, 3, 4])
     parser.add_argument("--tasks", nargs="+", type=int, default=[3, 8])
     parser.add_argument("--methods", nargs="*", choices=METHODS, default=list(METHODS), help="to be timed on two ranks")
-    parser.add_argument("--model", choices=MODELS, default="mlp-5.8m")
+    parser.add_argument("--model", choices=SMALL, default="mlp-5.8m")
     parser.add_argument("--rounds", type=int, default=30)
     parser.add_argument("--json", metavar="PATH", type=Path, help="where to save what was measured")
     assumed = parser.add_argument_group("a plan", "from the model and what is assumed here, without measuring")
@@ -558,14 +561,7 @@ def main() -> None:
         saved["model"] = check_model(saved["times"], options.model, options.rounds)
     if options.json:
         about = {
-            "machine": {
-                "cpu": cpu_name(),
-                "cores": os.cpu_count(),
-                "threads": "1 a rank",
-                "python": platform.python_version(),
-                "torch": torch.__version__,
-                "igb_kernels": igb.__version__,
-            },
+            "machine": machine(),
             "commit": commit(),
             "command": shlex.join(["python", "-m", "benchmarks.distributed", *sys.argv[1:]]),
             "model_name": options.model,

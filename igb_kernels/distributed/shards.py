@@ -60,7 +60,7 @@ class Shards:
         return own, waiting
 
     def _room_for_parts(self) -> list[Tensor]:
-        return [] if self.ranks.scatters else self.layout.empty()
+        return [] if self.ranks.scatters(self.shared[0].device) else self.layout.empty()
 
     def pass_on(self, retain_graph: bool) -> None:
         """Makes `.grad` of the shared parameters the whole update, where some rank's passes reached them."""
