@@ -36,8 +36,6 @@ class Ranks:
         self.group, self.rank, self.size = group, dist.get_rank(group), dist.get_world_size(group)
         if self.rank < 0:
             raise ValueError("process_group must have this process as a member, found that it has not")
-        self.scatters = dist.get_backend(group) != "gloo"
-        """Whether a reduce-scatter sends less than an all-reduce."""
         self.reached = Reached(self)
         self._loss_dtype = torch.get_default_dtype()
         self._averaged: int | None = None
@@ -47,6 +45,12 @@ class Ranks:
 
     def __reduce__(self) -> Any:
         raise TypeError("a balancer with a process_group cannot be pickled: save its state_dict()")
+
+    def scatters(self, device: torch.device) -> bool:
+        """Whether a reduce-scatter of what is there sends less than an all-reduce. A group may have several backends,
+        as `init_process_group()` makes it."""
+        backends = dict(one.split(":") for one in dist.get_backend_config(self.group).split(","))
+        return backends.get(device.type) != "gloo"
 
     def averaged_by_module(self, copies: int) -> None:
         """Tells that the parameters' module averages gradients over the ranks, and that as many have the same part."""
@@ -135,5 +139,8 @@ class Reached:
         if self._last is None or self._last[0] != here or self._last[1].device != device:
             self._last = here, torch.tensor(here, dtype=torch.int32).to(device)
         counts = self._last[1].clone()
-        dist.all_reduce(counts, group=self._ranks.group)
+        work = dist.all_reduce(counts, group=self._ranks.group, async_op=True)
+        if all(here) and not counts.is_cuda:  # others may have to wait for it
+            return here
+        work.wait()
         return here if all(here) else [count > 0 for count in counts.tolist()]
