@@ -34,6 +34,7 @@ class Shards:
         self.capture: Capture = ShardedCapture(self)
         self.reached = [False] * len(shared)
         """Whether any pass of the step has come to the parameter, on this rank."""
+        self.copies: dict[int, int] = {}
         self._buffers: list[list[Tensor]] = []
 
     def send(self, grads: Grads) -> tuple[list[Tensor], Waiting]:
@@ -154,6 +155,7 @@ class Replicas:
         self.ranks, self.params = ranks, shared
         self.layout = Flat(shared, 1)
         self.capture: Capture = ReplicatedCapture(self)
+        self.copies: dict[int, int] = {}
         self.reached = [False] * len(shared)
 
     def summed(self, grads: Grads) -> Grads:
