@@ -281,6 +281,8 @@ class Balancer:
         self._names = self._names or tasks.names
 
     def _accumulate(self, tasks: TaskLosses, factor: Tensor | None, retain_graph: bool) -> None:
+        if self._parallel is not None:
+            self._parallel.before_passes(tasks.values, tasks.ids, tasks.total)
         self._accumulated, so_far = None, self._accumulated
         params = [*self.shared, *self._passes.head_params()]
         seeds = torch.ones_like(tasks.values) if factor is None else factor.expand(len(tasks))
@@ -461,7 +463,9 @@ class Balancer:
             raise ValueError(
                 f"representation must be None for {self.gradients!r}: what it keeps of gradients outlives the batch"
             )
-        at = Representation(representation, tasks, self.shared)
+        if self._parallel is not None:
+            self._parallel.check_representation()
+        at = Representation(representation, tasks, self.shared, self._passes.owners)
         return None if self.gradients.needs() is Needs.NOTHING else at  # weights 1: the same from one pass for all
 
     def _step(
@@ -492,7 +496,9 @@ class Balancer:
         scales, loss_status = self.losses.scales(losses, self._run)
         own = scales if share is None else scales * share.to(scales.dtype)
         seeds = own if factor is None else own * factor.to(own.dtype)
-        units = units_of(factor, own, rows is not None)
+        averaged = None if self._parallel is None or at is None else self._parallel.averaged_over(losses.device)
+        in_grad = factor if averaged is None else averaged if factor is None else averaged * factor
+        units = units_of(in_grad, own, rows is not None)
         learned = self.parameters() if factor is not None else []
         with (
             GradsSetAside(behind) as of_replicas,

@@ -54,8 +54,24 @@ class Place(Protocol):
         """Takes what has come to `.grad` of the leaves to that of the shared parameters."""
 
 
+class Parts(Place, Protocol):
+    """What this process has of parameters."""
+
+    def local(self, grads: Grads) -> Grads:
+        """Its parts of the parameters' gradients."""
+
+
 class Processes(Protocol):
     """Others that take part in a step, each with its own batch; all of them call this in the same order."""
+
+    averaged_by_module: bool
+    """Whether backward passes communicate themselves, and leave averages."""
+
+    def parts(self, params: Sequence[Tensor]) -> Parts | None:
+        """What this process has of these; None: all."""
+
+    def owners(self, leaves: list[Tensor]) -> list[Tensor]:
+        """The parameters that the leaves of a graph stand for."""
 
     def total(self, part: Tensor) -> Tensor:
         """The sum of what each has."""
@@ -68,6 +84,8 @@ class Gathering(Place, Protocol):
     """A place to which the gradients of all processes come."""
 
     capture: Capture
+    copies: dict[int, int]
+    """How many processes have the same part of a leaf, by its id, where that is not 1."""
 
 
 @dataclass(slots=True)
@@ -127,6 +145,8 @@ class Passes:
         self._backward: Backward = run_backward
         self.processes: Processes | None = None
         """With whom the gradients are summed; None: this process is alone."""
+        self._head_parts: Parts | None = None
+        """What this process has of the step's heads, if not all."""
         self._part: Sharded | None = None
         """The backend for a part of the gradients, of which other processes have the rest."""
 
@@ -164,7 +184,7 @@ class Passes:
             return False
         if self.heads == "scaled" and not self._given_heads:
             known = {id(p) for p in [*self.shared, *self._head_leaves]}
-            found, _ = leaves(map(edge_of, tasks.roots))
+            found = self.owners(leaves(map(edge_of, tasks.roots))[0])
             self._head_leaves += [p for p in found if isinstance(p, nn.Parameter) and id(p) not in known]
         self._unreached.difference_update(tasks.ids)
         before = self.home
@@ -172,6 +192,10 @@ class Passes:
         if self.several is not None:
             self.capture.give_up(f"parameters and losses are on {len(self.several.devices)} devices")
         return self.home != before
+
+    def owners(self, found: list[Tensor]) -> list[Tensor]:
+        """The parameters that these leaves of a graph stand for."""
+        return found if self.processes is None else self.processes.owners(found)
 
     def head_params(self) -> Sequence[Tensor]:
         """The task-specific parameters, as far as they are known."""
@@ -205,7 +229,7 @@ class Passes:
         passes = self._derived()
         passes.shared, passes.capture = place.params, place.capture
         if not whole:
-            passes._part = Sharded(passes._run, self.processes.total)
+            passes._part = Sharded(passes._run, self.processes.total, place.copies)
         return passes
 
     def run(self, step: Step, others: Sequence[TaskLosses]) -> Outcome:
@@ -245,18 +269,29 @@ class Passes:
             for row in step.rows:
                 self.capture.add(rows, row[:params])
                 if head_rows is not None:
-                    head_rows.add(row[params:])
+                    head_rows.add(self._local_heads(row[params:]))
             return
         passes = backward_passes(step.tasks, step.seeds, step.retain_graph, self._backward)
         for _ in self.capture.fill(rows, passes, step.ids, measure):
             if head_rows is not None:
-                head_rows.add(take_grads(self.task_parameters, "task_parameters"))
+                self._take_heads(head_rows)
 
-    def _head_rows(self, step: Step) -> KeptGradients | None:
+    def _head_rows(self, step: Step, units: Units | None = None) -> KeptGradients | None:
         """Where heads' gradients are kept for their weights or scales; None: they add up in `.grad`."""
         if step.rows is None and self.heads == "scaled":
             return None
-        return KeptGradients(self.head_params(), self._run, step.units)
+        params = self.head_params()
+        self._head_parts = None if self.processes is None else self.processes.parts(params)
+        if self._head_parts is not None:
+            params = self._head_parts.params
+        return KeptGradients(params, self._run, step.units if units is None else units)
+
+    def _take_heads(self, rows: KeptGradients) -> None:
+        """Takes a row from `.grad` of the heads."""
+        rows.add(self._local_heads(take_grads(self.task_parameters, "task_parameters")))
+
+    def _local_heads(self, grads: Grads) -> Grads:
+        return grads if self._head_parts is None else self._head_parts.local(grads)
 
     def _write_heads(self, step: Step, rows: KeptGradients | None, weights: Tensor) -> None:
         """Puts them into `.grad`; with other processes, those of this one alone, which are to be summed."""
@@ -264,6 +299,8 @@ class Passes:
         if rows is not None:
             own = weights if self.heads == "weighted" else torch.ones_like(weights)
             rows.write(own, step.heads.previous if alone else [None] * len(rows.params))
+            if self._head_parts is not None:
+                self._head_parts.pass_on(step.retain_graph)
         elif alone:
             step.heads.add_back()
 
@@ -286,14 +323,14 @@ class Passes:
         self._make_previous_plain(step)
         tasks, K = step.tasks, len(step.tasks)
         pair = [KeptGradients(self.shared, self._run, step.units, dtype=self.bank_dtype) for _ in range(2)]
-        head_rows = KeptGradients(self.task_parameters, self._run, step.units) if self.task_parameters else None
+        head_rows = self._head_rows(step)
         for rows, batch in zip(pair, others if len(others) == 2 else (tasks, *others), strict=True):
             backward = run_backward if batch is tasks else into(self.shared)
             for grads in task_passes(batch, step.seeds, self.shared, step.retain_graph, backward=backward):
                 rows.add(self.capture.taken(grads))
                 del grads
                 if batch is tasks and head_rows is not None:
-                    head_rows.add(take_grads(self.task_parameters, "task_parameters"))
+                    self._take_heads(head_rows)
         both = self._run.Table([*pair[0].rows, *pair[1].rows], 2 * K)
         cross = step.units.gram(self._run.gram(both, 2 * K)[:K, K:])
         weights, status = self.method.solve(cross, step.losses, step.scales, self._run)
@@ -351,7 +388,9 @@ class Passes:
     @property
     def _sends_once(self) -> bool:
         """Whether a second pass, through the heads alone, is worth less than to send every task's gradients."""
-        return self.processes is not None and self._backward is run_backward
+        if self.processes is None or self.processes.averaged_by_module:
+            return False
+        return self._backward is run_backward
 
     def _held_pass(self, step: Step) -> Outcome:
         """One pass for all tasks, with weights that were known before it; and one for heads that take no weights."""
@@ -361,12 +400,12 @@ class Passes:
         rows, head_rows = KeptGradients(self.shared, self._run, units), None
         if self.heads == "weighted":
             one_pass = partial(joint_pass, step.tasks, seeds, step.retain_graph, self._backward)
-            head_rows = KeptGradients(self.task_parameters, self._run, units)
+            head_rows = self._head_rows(step, units)
         else:
             one_pass = partial(self._two_passes, step, seeds)
         for _ in self.capture.fill(rows, [one_pass], step.ids[:1], None):
             if head_rows is not None:
-                head_rows.add(take_grads(self.task_parameters, "task_parameters"))
+                self._take_heads(head_rows)
         factor, status = self.method.solve_held(rows.sq_norms(), self._run)
         rows.write(factor, step.shared.previous)
         self._write_heads(step, head_rows, factor)
@@ -376,11 +415,18 @@ class Passes:
         """NON_FINITE where a gradient of these is, on the losses' device; a GradScaler skips that step, too."""
         if not params:
             return torch.zeros((), dtype=torch.int32, device=device)
+        parts = None if self.processes is None else self.processes.parts(params)
+        if self.processes is not None and parts is not None:
+            local = parts.local([p.grad for p in params])
+            return _bit_unless_finite(self.processes.total(self._sq_norm(local))).to(device)
         return _bit_unless_finite(self._sq_norm_in_grad(params)).to(device)
 
     def _sq_norm_in_grad(self, params: Sequence[Tensor]) -> Tensor:
         """Of what is in `.grad` of the parameters, [1]; sparse ones as they are."""
         grads = [g if g is None or g.layout is torch.strided else g._values() for g in (p.grad for p in params)]
+        return self._sq_norm(grads)
+
+    def _sq_norm(self, grads: Grads) -> Tensor:
         return self._run.sq_norms(self._run.Table(grads, 1), 1)
 
     def _make_previous_plain(self, step: Step) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -18,8 +18,15 @@ class Representation:
     `.grad` of leaves that stand for them. `pass_on` takes these, combined, to all that is behind.
     """
 
-    def __init__(self, representation: Tensor | Sequence[Tensor], tasks: TaskLosses, shared: Sequence[Tensor]) -> None:
-        """Checks that the tensors cut the losses' graphs, so that no gradient is lost or counted twice."""
+    def __init__(
+        self,
+        representation: Tensor | Sequence[Tensor],
+        tasks: TaskLosses,
+        shared: Sequence[Tensor],
+        owners: Callable[[list[Tensor]], list[Tensor]],
+    ) -> None:
+        """Checks that the tensors cut the losses' graphs, so that no gradient is lost or counted twice. `owners` are
+        the parameters that leaves of the graphs stand for."""
         self.tensors: list[Tensor] = [representation] if isinstance(representation, Tensor) else list(representation)
         if not self.tensors:
             raise ValueError("representation must hold at least one tensor, found none")
@@ -32,8 +39,9 @@ class Representation:
         cut = {edge_of(z) for z in self.tensors}
         if len(cut) < len(self.tensors):
             raise ValueError("representation must hold each tensor once, found one twice")
-        self.heads, reached = leaves(map(edge_of, tasks.roots), cut)
-        """The leaves in front."""
+        self._leaves, reached = leaves(map(edge_of, tasks.roots), cut)
+        self.heads = owners(self._leaves)
+        """The parameters in front."""
         index = {id(p): i for i, p in enumerate(shared)}
         if around := [index[id(p)] for p in self.heads if id(p) in index]:
             raise ValueError(
@@ -61,10 +69,23 @@ class Representation:
 
     def backward(self, roots: Roots, seeds: Tensor | Sequence[Tensor], retain_graph: bool) -> None:
         """A backward pass from these roots."""
+        if any(p is not leaf for p, leaf in zip(self.heads, self._leaves, strict=True)):
+            self._backward_in_place(roots, seeds, retain_graph)
+            return
         ends = [*self.tensors, *self.heads]
         # As inputs of `torch.autograd.backward`, what computed the tensors would be run too: a compiled encoder whole.
         grads = explained(torch.autograd.grad, roots, ends, seeds, retain_graph=retain_graph, allow_unused=True)
         for p, grad in zip([*self.params, *self.heads], grads, strict=True):
+            if grad is not None:
+                _accumulate(p, grad)
+
+    def _backward_in_place(self, roots: Roots, seeds: Tensor | Sequence[Tensor], retain_graph: bool) -> None:
+        """As `backward`, where leaves are not the parameters: what comes to them is taken on as soon as a pass ends."""
+        ends = [*self.tensors, *self._leaves]
+        # The nodes that computed the tensors are run, and are needed again.
+        explained(torch.autograd.backward, roots, seeds, retain_graph=True, inputs=ends)
+        for p, z in zip(self.params, self.tensors, strict=True):
+            grad, z.grad = z.grad, None
             if grad is not None:
                 _accumulate(p, grad)
 
@@ -75,6 +96,9 @@ class Representation:
         reached = [(z, p.grad) for z, p in zip(self.tensors, self.params, strict=True) if p.grad is not None]
         if reached:
             explained(torch.autograd.backward, *map(list, zip(*reached, strict=True)), retain_graph=retain_graph)
+        for z in self.tensors:
+            if not any(z is kept for kept in self._retained) and z.retains_grad:
+                z.grad = None
 
 
 def _accumulate(p: Tensor, grad: Tensor) -> None:

@@ -62,9 +62,15 @@ HERE = nullcontext()
 """The current stream, or no stream at all."""
 
 
-def buckets_of(params: Sequence[Tensor]) -> list[slice]:
+def buckets_of(params: Sequence[Tensor], copies: Sequence[int] | None = None) -> list[slice]:
     """Neighbouring parameters, from the last to the first, as a backward pass tends to reach them. What is summed over
-    all of them is summed over each bucket and then, in this order, over the buckets, whenever those were complete."""
+    all of them is summed over each bucket and then, in this order, over the buckets, whenever those were complete.
+    Those of one bucket have the same number of `copies`."""
+    if copies is not None and len(set(copies)) > 1:
+        alike = [p for p in range(1, len(params)) if copies[p] != copies[p - 1]]
+        runs = [slice(*ends) for ends in zip([0, *alike], [*alike, len(params)], strict=True)]
+        inner = [(run.start, buckets_of(params[run])) for run in reversed(runs)]
+        return [slice(start + b.start, start + b.stop) for start, buckets in inner for b in buckets]
     sizes = [p.nbytes for p in params]
     total = sum(sizes)
     enough = max(BUCKET_BYTES["cuda" if params and params[0].is_cuda else "cpu"], total // MOST_BUCKETS)
@@ -90,11 +96,14 @@ class TaskGradients:
 
     def __init__(self, params: Sequence[Tensor], backend: Backend, units: Units) -> None:
         self.params, self.backend, self.units = params, backend, units
-        self.buckets = buckets_of(params)
+        sharded = backend if isinstance(backend, Sharded) else None
+        copies = [1] * len(params) if sharded is None else [sharded.copies.get(id(p), 1) for p in params]
+        self.buckets = buckets_of(params, copies)
+        self._copies = [copies[bucket.start] for bucket in self.buckets]
         self._tasks = 0
         self._parts: dict[int, Tensor] = {}
         """What was measured of each bucket, by its first parameter."""
-        self._total = backend.total if isinstance(backend, Sharded) else _itself
+        self._total = _itself if sharded is None else sharded.total
         # Of several devices, each has its own stream, and all work goes to those on which backward passes end.
         on_gpu = len(params) > 0 and params[0].is_cuda and not isinstance(backend, SeveralDevices)
         self._home = torch.cuda.current_stream(params[0].device) if on_gpu else None
@@ -140,10 +149,15 @@ class TaskGradients:
     def _measured(self, bucket: slice | None, measure: Callable[[slice], Tensor]) -> Tensor:
         """The measure of a bucket, taken once; of None, their sum."""
         if bucket is None:
-            return self._total(_sum([self._measured(bucket, measure) for bucket in self.buckets]))
+            return self._of_all([self._measured(bucket, measure) for bucket in self.buckets])
         if bucket.start not in self._parts:
             self._parts[bucket.start] = self._to_home(measure(bucket))
         return self._parts[bucket.start]
+
+    def _of_all(self, parts: Sequence[Tensor]) -> Tensor:
+        """What was measured of each bucket, summed over them and over all processes; of copies, one counts."""
+        once = [part if copies == 1 else part / copies for part, copies in zip(parts, self._copies, strict=True)]
+        return self._total(_sum(once))
 
     @property
     def _away(self) -> bool:
@@ -585,7 +599,7 @@ class AveragedGradients(TaskGradients):
                     self._norms_before[bucket.start] = self._norms_of_waiting(bucket)
             rows = slice(self._averaged, self._tasks)
             units = self.units.part(rows)
-            before = self._total(_sum([self._norms_before[bucket.start] for bucket in self.buckets]))
+            before = self._of_all([self._norms_before[bucket.start] for bucket in self.buckets])
             before = units.sq_norms(before)
             scales = units.to_rows(self._row_scales(before, self._losses[rows]))
         for bucket in self.buckets:
@@ -687,7 +701,7 @@ class RunningSum(TaskGradients):
     def end(self) -> None:
         k = len(self._norms)
         units = self.units.part(slice(k, k + 1))
-        norm = units.sq_norms(self._total(_sum([self._parts[bucket.start] for bucket in self.buckets])))
+        norm = units.sq_norms(self._of_all([self._parts[bucket.start] for bucket in self.buckets]))
         self._norms.append(norm)
         weight = units.to_rows(self._weight(norm))
         row: Grads = [None] * len(self.params)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import Tensor
@@ -14,8 +14,11 @@ class Sharded:
     """A `Backend` for this process's part of the gradients; what its operations return is of that part alone, and
     `total` makes it that of the whole."""
 
-    def __init__(self, run: Backend, total: Callable[[Tensor], Tensor]) -> None:
-        self.run, self.total = run, total
+    def __init__(
+        self, run: Backend, total: Callable[[Tensor], Tensor], copies: Mapping[int, int] | None = None
+    ) -> None:
+        """`copies`: how many processes have the same part of a parameter, by its id, where that is not 1."""
+        self.run, self.total, self.copies = run, total, copies or {}
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.run, name)

@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Protocol
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from igb_kernels.distributed.fully_sharded import check_not_flat
 from igb_kernels.distributed.modules import Wrapped, wrapper_of
 from igb_kernels.distributed.ranks import GlobalLosses, Ranks
 from igb_kernels.distributed.sharded_parameters import ShardedParameters
@@ -36,10 +38,13 @@ class DataParallel:
         self._shared = shared
         self.sharded: ShardedParameters | None = None
         """Parameters that are sharded themselves: their module sums gradients."""
-        if any(isinstance(p, DTensor) for p in shared):
-            self.sharded = ShardedParameters(self.ranks, shared)  # type: ignore[arg-type]  # checked there
-            self.ranks.averaged_by_module(self.sharded.copies)
+        check_not_flat(shared)
         wrapper = wrapper_of(shared)
+        if any(isinstance(p, DTensor) for p in shared):
+            if wrapper is not None:
+                raise ValueError("shared must not be DTensors in a DistributedDataParallel")
+            self.sharded = ShardedParameters(self.ranks, shared)
+            self.ranks.averaged_by_module = True
         self.wrapped = None if wrapper is None else Wrapped(wrapper, shared, group)
         self._shards: Shards | None = None
         self._replicas: Replicas | None = None
@@ -53,12 +58,34 @@ class DataParallel:
         """See `Ranks.losses`; errors where tasks are missing on some ranks and their modules could not bear it."""
         if self.wrapped is not None:
             self.wrapped.check()
-        if self.sharded is not None and len(ids) < tasks:
+        if self.sharded is not None:
+            self.sharded.modules.check()
+        found = self.ranks.losses(values, ids, tasks)
+        if self.sharded is not None and (len(ids) < tasks or found.missing_elsewhere(self.ranks.size)):
             raise ValueError(
                 f"losses must have all {tasks} tasks on every rank where parameters are sharded, since backward passes "
-                f"communicate; found {len(ids)}. A task without samples has a loss of 0 times its outputs' sum"
+                f"communicate; found {len(ids)} here. A task without samples has a loss of 0 times its outputs' sum"
             )
-        return self.ranks.losses(values, ids, tasks)
+        return found
+
+    def before_passes(self, values: Tensor, ids: Sequence[int], tasks: int) -> None:
+        """As `losses` raises, where passes communicate and come before `losses`."""
+        if self.sharded is not None:
+            self.losses(values, ids, tasks)
+
+    def check_representation(self) -> None:
+        """ValueError where it is not clear whether ranks have the same samples."""
+        if self.sharded is not None and not self.sharded.modules.are_data_parallel(self._shared, self.ranks.size):
+            raise ValueError(
+                "representation must be None where shared are DTensors other than of fully_shard over all ranks of the "
+                "process_group: some ranks have the same samples"
+            )
+
+    def averaged_over(self, device: torch.device) -> Tensor | None:
+        """The number of ranks over which the parameters' module will average what comes to it; None: it will not."""
+        if self.sharded is None:
+            return None
+        return torch.full((), self.ranks.size, dtype=torch.float64, device=device)
 
     @property
     def place(self) -> Parts:

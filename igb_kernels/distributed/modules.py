@@ -8,9 +8,11 @@ from collections.abc import Sequence
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from igb_kernels._log import warn_once
+from igb_kernels.distributed.fully_sharded import check_not_flat
 
 
 def wrapper_of(params: Sequence[Tensor]) -> DistributedDataParallel | None:
@@ -28,8 +30,14 @@ def wrapper_of(params: Sequence[Tensor]) -> DistributedDataParallel | None:
 
 def check_alone(params: Sequence[Tensor]) -> None:
     """ValueError where a balancer that has no process group would see the gradients of one process alone."""
+    if any(isinstance(p, DTensor) for p in params):
+        raise ValueError(
+            "process_group must be given where the shared parameters are DTensors: "
+            "Balancer(..., process_group=torch.distributed.group.WORLD)"
+        )
     if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
         return
+    check_not_flat(params)
     if wrapper_of(params) is not None:
         raise ValueError(
             "process_group must be given where the shared parameters belong to a DistributedDataParallel: "

@@ -12,6 +12,8 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from igb_kernels.distributed.flat import Flat
+from igb_kernels.distributed.fully_sharded import AFTER, owners
+from igb_kernels.distributed.local_parts import LocalParts
 from igb_kernels.store import Grads
 
 
@@ -23,8 +25,14 @@ class GlobalLosses:
     """The tasks that some rank has, ascending."""
     values: Tensor
     """Means over the ranks that have the task, [A]."""
+    counts: Tensor
+    """How many ranks have the task, float64 [A]."""
     share: Tensor
     """What one rank's gradient counts in the mean: 1 over the number of ranks that have the task, float64 [A]."""
+
+    def missing_elsewhere(self, ranks: int) -> bool:
+        """Whether some rank lacks a task, where that can be seen without waiting for a device."""
+        return self.share.device.type == "cpu" and bool((self.counts != ranks).any())
 
 
 class Ranks:
@@ -38,7 +46,8 @@ class Ranks:
             raise ValueError("process_group must have this process as a member, found that it has not")
         self.reached = Reached(self)
         self._loss_dtype = torch.get_default_dtype()
-        self._averaged: int | None = None
+        self.averaged_by_module = False
+        """Whether the parameters are DTensors, whose modules average gradients over the ranks in the passes."""
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Ranks:
         return Ranks(self.group)
@@ -52,15 +61,23 @@ class Ranks:
         backends = dict(one.split(":") for one in dist.get_backend_config(self.group).split(","))
         return backends.get(device.type) != "gloo"
 
-    def averaged_by_module(self, copies: int) -> None:
-        """Tells that the parameters' module averages gradients over the ranks, and that as many have the same part."""
-        self._averaged = copies
+    def parts(self, params: Sequence[Tensor]) -> LocalParts | None:
+        """What this rank has of parameters of which some are DTensors; None: all of them."""
+        return LocalParts(params) if any(isinstance(p, DTensor) for p in params) else None
+
+    def owners(self, leaves: list[Tensor]) -> list[Tensor]:
+        """The parameters that the leaves of a graph stand for; ValueError where those are sharded, but not the shared
+        ones."""
+        found = owners(leaves)
+        if not self.averaged_by_module and any(isinstance(p, DTensor) for p in found):
+            raise ValueError(f"shared must be DTensors where other parameters are, found none: {AFTER}")
+        return found
 
     def total(self, part: Tensor) -> Tensor:
         """The sum over the ranks, the same bits on all."""
         whole = part.clone()
         dist.all_reduce(whole, group=self.group)
-        return whole if self._averaged in (None, 1) else whole / self._averaged
+        return whole
 
     def losses(self, values: Tensor, ids: Sequence[int], tasks: int) -> GlobalLosses:
         """From this rank's losses [A] of the tasks `ids`. Waits for the device only where tasks are missing here."""
@@ -83,8 +100,8 @@ class Ranks:
         if len(ids) < tasks:
             at = torch.tensor(ids, device=values.device)
             sums, counts = sums[at], counts[at]
-        share = (1 if self._averaged is None else self.size) / counts
-        return GlobalLosses(ids, (sums / counts).to(self._loss_dtype), share)
+        share = (self.size if self.averaged_by_module else 1) / counts
+        return GlobalLosses(ids, (sums / counts).to(self._loss_dtype), counts, share)
 
     def same_everywhere(self, found: dict[str, Any]) -> None:
         """ValueError on all ranks where one of these differs between them."""
@@ -114,7 +131,7 @@ class Ranks:
             own, flat.like_params(self.sum_flat(flat, [p.grad for p in own])), reached, strict=True
         ):
             p.grad = grad if there else None
-        if self._averaged is not None:
+        if self.averaged_by_module:
             torch._foreach_div_([p.grad for p in own if p.grad is not None], self.size)
 
     def sum_flat(self, layout: Flat, grads: Grads) -> list[Tensor]:

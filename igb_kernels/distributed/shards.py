@@ -38,6 +38,7 @@ class Shards:
         self.capture: Capture = ShardedCapture(self)
         self.reached = [False] * len(shared)
         """Whether any pass of the step has come to the parameter, on this rank."""
+        self.copies: dict[int, int] = {}
         self._spare: list[tuple[list[Tensor], list[Tensor]]] = []
         """Buffers that nothing is on its way from or to: the packed ones, and those for the other ranks' parts."""
 
@@ -164,6 +165,7 @@ class Replicas:
         self.ranks, self.params = ranks, shared
         self.layout = Flat(shared, 1)
         self.capture: Capture = ReplicatedCapture(self)
+        self.copies: dict[int, int] = {}
         self.reached = [False] * len(shared)
 
     def summed(self, grads: Grads) -> Grads:
