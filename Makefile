@@ -28,7 +28,7 @@ test: build lint
 	OMP_NUM_THREADS=1 $(PY) -m pytest --numprocesses $(WORKERS) --dist loadgroup $(ARGS)
 
 bench: build
-	$(PY) -m pytest benchmarks --benchmark-enable --benchmark-columns=median,iqr,rounds --benchmark-json=$(RESULTS) $(ARGS)
+	$(PY) -m pytest benchmarks --benchmark-enable --benchmark-columns=median,iqr,rounds --results=$(RESULTS) $(ARGS)
 
 gpu-check:
 	PYTHON="$(PYTHON)" benchmarks/gpu_check.sh

@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
 # Builds with nvcc, tests and measures on the GPU of this machine, and says at the end what failed. Needs no network and
 # no .venv: PYTHON (python3) must have torch, triton, pybind11, cmake, ninja, setuptools, pytest, pytest-benchmark and
-# hypothesis. STAGES chooses some of: build tests memcheck racecheck initcheck bench memory. RESULTS is where the figures
-# go. What has not ended after BUDGET seconds in all is interrupted, and has failed.
+# hypothesis. STAGES chooses some of: build tests memcheck racecheck initcheck bench memory, and models (steps of large
+# models, for which BUDGET has no room beside the others). RESULTS is where the figures go. What has not ended after BUDGET
+# seconds in all is interrupted, and has failed.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 PYTHON=${PYTHON:-python3}
@@ -52,7 +53,10 @@ sanitize initcheck
 
 device=$("$PYTHON" -c "import re, torch; print(re.sub(r'\W+', '-', torch.cuda.get_device_name().lower()))")
 results=${RESULTS:-benchmarks/results/$device-$(date +%Y-%m-%d).json}
-stage bench 180 "$PYTHON" -m pytest benchmarks --gpu --gpu-json "$results" -p no:cacheprovider --tb=short
+stage bench 180 "$PYTHON" -m pytest benchmarks --ignore benchmarks/test_models.py --gpu --seconds 0.1 \
+  --results "$results" -p no:cacheprovider --tb=short
+stage models 300 "$PYTHON" -m pytest benchmarks/test_models.py --gpu --results "${results%.json}-models.json" \
+  -p no:cacheprovider --tb=short
 stage memory 60 "$PYTHON" -m benchmarks.memory --gpu --without-peers --json "${results%.json}-memory.json"
 
 if ((${#failed[@]})); then

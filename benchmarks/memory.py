@@ -21,12 +21,14 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from torch.profiler import ProfilerActivity, profile
 
 import igb_kernels as igb
-from benchmarks.machine import commit, cpu_name
-from benchmarks.models import MODELS, Task
+from benchmarks.models import built
 from benchmarks.peers import libmtl
+from igb_kernels.bench import memory
+from igb_kernels.bench.machine import commit
+from igb_kernels.bench.models import SMALL, MultiTask
+from igb_kernels.doctor.installation import processor
 
 Step = Callable[[Tensor, list[Tensor]], object]
 """Makes `.grad` from the representation and the losses."""
@@ -78,7 +80,7 @@ class Row:
 # ---- Steps --------------------------------------------------------------------------------------------------------
 
 
-def bare_passes(task: Task) -> Step:
+def bare_passes(task: MultiTask) -> Step:
     """K backward passes that keep nothing."""
 
     def step(representation: Tensor, losses: list[Tensor]) -> None:
@@ -89,16 +91,16 @@ def bare_passes(task: Task) -> Step:
     return step
 
 
-def plain(task: Task) -> Step:
+def plain(task: MultiTask) -> Step:
     return lambda representation, losses: torch.stack(losses).sum().backward()
 
 
-def ours(task: Task, arguments: dict[str, object]) -> Step:
+def ours(task: MultiTask, arguments: dict[str, object]) -> Step:
     balancer = igb.Balancer(**arguments, shared=task.shared)
     return lambda representation, losses: balancer.backward(losses)
 
 
-def torchjd(task: Task, name: str, thrifty: bool) -> Step:
+def torchjd(task: MultiTask, name: str, thrifty: bool) -> Step:
     """At its defaults, or with the options that its documentation has for where memory matters."""
     from torchjd import aggregation
     from torchjd.autojac import jac_to_grad, mtl_backward
@@ -115,9 +117,9 @@ def torchjd(task: Task, name: str, thrifty: bool) -> Step:
     return step
 
 
-def libmtl_imtl(task: Task) -> Step:
+def libmtl_imtl(task: MultiTask) -> Step:
     class IMTL(libmtl("weighting").IMTL):
-        rep_grad, task_num, device = False, len(task.heads), task.batch.device
+        rep_grad, task_num, device = False, len(task.heads), task.device
 
         def get_share_params(self) -> list[Tensor]:
             return task.shared
@@ -131,7 +133,7 @@ def libmtl_imtl(task: Task) -> Step:
     return lambda representation, losses: weighting.backward(torch.stack(losses))
 
 
-def steps(task: Task, peers: bool) -> Iterator[tuple[str, str, Step]]:
+def steps(task: MultiTask, peers: bool) -> Iterator[tuple[str, str, Step]]:
     """Name, bar, and step of everything that is measured."""
     yield PASSES, "", bare_passes(task)
     yield PLAIN, "", plain(task)
@@ -150,48 +152,28 @@ def steps(task: Task, peers: bool) -> Iterator[tuple[str, str, Step]]:
 # ---- Measuring ----------------------------------------------------------------------------------------------------
 
 
-def peak_bytes(task: Task, step: Step) -> int:
+def peak_of(task: MultiTask, step: Step) -> int:
     """The most that is held at a time in some steps, beyond what is held before them."""
 
     def run() -> None:
         for _ in range(STEPS):
             task.zero_grad()
             representation = task.encoder(task.batch)
-            losses = [(head(representation) - 1).square().mean() for head in task.heads]
+            losses = task.losses_at(representation)
             step(representation, losses)
             del representation, losses
         task.zero_grad()
 
-    if task.batch.device.type == "cuda":
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        run()
-        return torch.cuda.max_memory_allocated() - before
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        run()
-    held = peak = 0
-    for _, size in sorted(_allocations(profiler.profiler.kineto_results.experimental_event_tree())):
-        held += size
-        peak = max(peak, held)
-    return peak
-
-
-def _allocations(events: list) -> Iterator[tuple[int, int]]:
-    """When, and how many bytes; negative where they were freed."""
-    for event in events:
-        if event.tag.name == "Allocation":
-            yield event.start_time_ns, event.extra_fields.alloc_size
-        yield from _allocations(event.children)
+    return memory.peak_bytes(run, task.device)
 
 
 def measure(model: str, tasks: int, device: torch.device, peers: bool) -> Iterator[Row]:
     torch.manual_seed(0)
-    task = MODELS[model](tasks).to(device)
+    task = built(model, tasks, device)
     size = sum(p.numel() * p.element_size() for p in task.shared)
     floor: dict[str, int] = {}
     for name, kind, step in steps(task, peers):
-        peak = peak_bytes(task, step)
+        peak = peak_of(task, step)
         if name in (PASSES, PLAIN):
             floor[name] = peak
         over = [(peak - floor[other]) / size if other in floor else 0.0 for other in (PASSES, PLAIN)]
@@ -215,7 +197,7 @@ def machine(device: torch.device) -> dict[str, object]:
     gpu = {"gpu": torch.cuda.get_device_name(), "cuda": torch.version.cuda} if device.type == "cuda" else {}
     return {
         "device": device.type,
-        "cpu": cpu_name(),
+        "cpu": processor(),
         **gpu,
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
@@ -230,7 +212,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--gpu", action="store_true", help="measure on the GPU")
     parser.add_argument("--json", metavar="PATH", type=Path, help="where to save what was measured")
-    parser.add_argument("--models", nargs="+", choices=MODELS, default=["mlp-5.8m", "cnn-4.7m"])
+    parser.add_argument("--models", nargs="+", choices=SMALL, default=["mlp-5.8m", "cnn-4.7m"])
     parser.add_argument("--tasks", nargs="+", type=int, default=[3, 8])
     parser.add_argument("--without-peers", action="store_true", help="leave TorchJD and LibMTL out")
     options = parser.parse_args()

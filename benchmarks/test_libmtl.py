@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from benchmarks import peers
-from benchmarks.models import USERS_MODELS, Task
+from benchmarks.models import USERS_MODELS, built
+from igb_kernels.bench.loops import libmtl_losses, libmtl_model
 
 ROUNDS = {"mlp-33k": 100, "mlp-5.8m": 8, "cnn-4.7m": 6, "qm9-schnet": 5}
 
@@ -21,31 +22,6 @@ METHODS: dict[str, dict[str, object]] = {
 """Weightings with LibMTL's default arguments."""
 
 
-def model_of(weighting: type, task: Task) -> nn.Module:
-    """As LibMTL's Trainer makes it, of the task's modules."""
-    architecture = peers.libmtl("architecture").HPS
-
-    class Model(architecture, weighting):
-        def zero_grad_share_params(self) -> None:
-            """LibMTL 1.1.5 relies on zeros, where PyTorch now sets None."""
-            self.encoder.zero_grad(set_to_none=False)
-
-    names = [str(k) for k in range(len(task.heads))]
-    heads = nn.ModuleDict(dict(zip(names, task.heads, strict=True)))
-    model = Model(names, lambda: task.encoder, heads, False, False, task.shared[0].device)
-    model.init_param()
-    model.epoch = 0
-    return model
-
-
-def losses_of(model: nn.Module, task: Task) -> Tensor:
-    """One tensor, filled as LibMTL's Trainer does."""
-    losses = torch.zeros(model.task_num, device=task.shared[0].device)
-    for k, prediction in enumerate(model(task.batch).values()):
-        losses[k] = (prediction - 1).square().mean()
-    return losses
-
-
 @pytest.mark.parametrize("tasks", [3, 8, 11])
 @pytest.mark.parametrize("model", USERS_MODELS)
 @pytest.mark.parametrize("method", METHODS)
@@ -56,15 +32,15 @@ def test_libmtl(compare, device, method: str, model: str, tasks: int) -> None:
         pytest.skip(f"the installed LibMTL has no {method}; a checkout in IGB_PEERS has")
     from igb_kernels.integrations import libmtl
 
-    task = USERS_MODELS[model](tasks).to(device)
-    ours, theirs = (model_of(cls, task) for cls in (libmtl.weighting(method), weightings[method]))
+    task = built(model, tasks, device)
+    ours, theirs = (libmtl_model(cls, task) for cls in (libmtl.weighting(method), weightings[method]))
 
     def setup() -> tuple[()]:
         ours.zero_grad(set_to_none=False)  # as LibMTL's Trainer
         return ()
 
     def step(model: nn.Module) -> None:
-        model.backward(losses_of(model, task), **METHODS[method])
+        model.backward(libmtl_losses(model, task), **METHODS[method])
 
     updates = []
     for contender in (ours, theirs):
@@ -74,4 +50,4 @@ def test_libmtl(compare, device, method: str, model: str, tasks: int) -> None:
     agreement = torch.nn.functional.cosine_similarity(*updates, dim=0)
     if method != "Nash_MTL":  # LibMTL's solver may fail, and then keeps earlier weights
         assert float(agreement) > 1 - 1e-3, "a speed is worth nothing where the results disagree"
-    compare(lambda: step(ours), {"LibMTL": lambda: step(theirs)}, {}, rounds=ROUNDS[model], setup=setup)
+    compare(lambda: step(ours), {"libmtl": lambda: step(theirs)}, {}, rounds=ROUNDS[model], setup=setup)

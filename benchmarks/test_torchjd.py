@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks.models import USERS_MODELS, Task
+from benchmarks.models import USERS_MODELS, built
+from igb_kernels.bench.models import MultiTask
 
 ROUNDS = {"mlp-33k": 100, "mlp-5.8m": 6, "cnn-4.7m": 6, "qm9-schnet": 5}
 
@@ -20,11 +21,10 @@ METHODS: dict[str, Callable[[ModuleType | SimpleNamespace, int], torch.nn.Module
 }
 
 
-def step_with(library: ModuleType | SimpleNamespace, task: Task, aggregator: torch.nn.Module) -> None:
+def step_with(library: ModuleType | SimpleNamespace, task: MultiTask, aggregator: torch.nn.Module) -> None:
     """Forward and backward, as TorchJD documents it."""
     features = task.encoder(task.batch)
-    losses = [(head(features) - 1).square().mean() for head in task.heads]
-    library.mtl_backward(losses, features)
+    library.mtl_backward(task.losses_at(features), features)
     library.jac_to_grad(task.shared, aggregator)
 
 
@@ -40,7 +40,7 @@ def test_torchjd_step(compare, device, method: str, model: str, tasks: int) -> N
 
     theirs = SimpleNamespace(**{**vars(aggregation), **vars(autojac)})
     torch.manual_seed(0)
-    task = USERS_MODELS[model](tasks).to(device)
+    task = built(model, tasks, device)
 
     def step_of(library: ModuleType | SimpleNamespace) -> Callable[[], None]:
         aggregator = METHODS[method](library, tasks)

@@ -12,14 +12,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks.models import MODELS, USERS_MODELS, Task
+from benchmarks.models import built
 from benchmarks.peers import checkout, importing_from
+from igb_kernels.bench.models import SMALL, MultiTask
 
-CASES = [*((model, tasks) for model in MODELS for tasks in (3, 8, 11)), ("qm9-schnet", 11)]
+CASES = [*((model, tasks) for model in SMALL for tasks in (3, 8, 11)), ("qm9-schnet", 11)]
 ROUNDS = {"mlp-33k": 40, "mlp-5.8m": 5, "cnn-4.7m": 5, "qm9-schnet": 5}
 
 
-def places(task: Task) -> dict[str, Any]:
+def places(task: MultiTask) -> dict[str, Any]:
     """As the trainers tell them."""
     return {
         "shared_parameters": task.shared,
@@ -38,7 +39,7 @@ def _require(repository: str) -> Path:
     return folder
 
 
-def _assert_agreement(task: Task, steps: list[Callable[[Tensor], object]]) -> None:
+def _assert_agreement(task: MultiTask, steps: list[Callable[[Tensor], object]]) -> None:
     updates = []
     for step in steps:
         task.zero_grad()
@@ -48,7 +49,7 @@ def _assert_agreement(task: Task, steps: list[Callable[[Tensor], object]]) -> No
     assert float(agreement) > 0.999, "a speed is worth nothing where the results disagree"
 
 
-def _compare(compare, task: Task, model: str, ours, theirs, exact: bool) -> None:
+def _compare(compare, task: MultiTask, model: str, ours, theirs, exact: bool) -> None:
     if exact:  # ECOS fails at some steps, and the last weights are taken
         _assert_agreement(task, [ours, theirs])
 
@@ -65,7 +66,7 @@ def test_nash_mtl_step(compare, device, method: str, model: str, tasks: int) -> 
     """`WeightMethods(method).backward(...)` on losses of torch.stack."""
     from igb_kernels.integrations import nash_mtl
 
-    task = USERS_MODELS[model](tasks).to(device)
+    task = built(model, tasks, device)
     with importing_from(_require("AvivNavon/nash-mtl")):
         original = importlib.import_module("methods.weight_methods")
     ours, theirs = (module.WeightMethods(method, n_tasks=tasks, device=device) for module in (nash_mtl, original))
@@ -79,7 +80,7 @@ def test_igb4mtl_step(compare, device, pair: str, model: str, tasks: int) -> Non
     """`LossWeightMethods(...).get_weighted_losses(...)` and `GradientWeightMethods(...).backward(...)`."""
     from igb_kernels.integrations import igb4mtl
 
-    task = USERS_MODELS[model](tasks).to(device)
+    task = built(model, tasks, device)
     with importing_from(_require("YanqiDai/IGB4MTL")):
         losses = importlib.import_module("methods.loss_weight_methods")
         gradients = importlib.import_module("methods.gradient_weight_methods")

@@ -1,14 +1,17 @@
-"""`python -m igb_kernels`: what runs here and whether it is right, and where the time of a script's steps goes."""
+"""`python -m igb_kernels`: what runs here, whether it is right and how fast, where the time of a script's steps goes,
+and a page of what was measured."""
 
 from __future__ import annotations
 
 import argparse
 import contextlib
 import json
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from igb_kernels.bench import command as benchmarks
 from igb_kernels.printing import show
 
 
@@ -52,6 +55,36 @@ def profile(options: argparse.Namespace) -> int:
     return 0 if right and profiles else 1
 
 
+def report(options: argparse.Namespace) -> int:
+    """Writes the page; 1 where there is nothing to show."""
+    from igb_kernels.report import find, page
+    from igb_kernels.report.words import number
+
+    try:
+        found = find(options.folder)
+    except NotADirectoryError as error:
+        print(error, file=sys.stderr)
+        return 1
+    there = bool(found.runs or found.profiles)
+    if there:
+        options.out.write_text(page(found), encoding="utf-8")
+    if options.json:
+        shown = sorted({run.name for run in found.runs} | {profile.name for profile in found.profiles})
+        print(
+            json.dumps(
+                {"page": str(options.out) if there else None, "shown": shown, "skipped": found.skipped}, indent=1
+            )
+        )
+        return 0 if there else 1
+    for name, why in found.skipped.items():
+        print(f"skipped: {name} {why}", file=sys.stderr)
+    if there:
+        print(f"{options.out}: {number(len(found.runs), 'run')} and {number(len(found.profiles), 'profile')}")
+    else:
+        print(f"{options.folder} has no results of `bench` or `profile --json` (*.json)", file=sys.stderr)
+    return 0 if there else 1
+
+
 def parser() -> argparse.ArgumentParser:
     """Every command is a function of its options that returns the exit code."""
     whole = argparse.ArgumentParser(prog="python -m igb_kernels", description="Loss and gradient balancing.")
@@ -75,12 +108,26 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("script", type=Path)
     command.add_argument("arguments", nargs=argparse.REMAINDER, help="the script's own arguments")
     command.set_defaults(run=profile)
+
+    command = commands.add_parser(
+        "bench", parents=[shared], help="time operations, solvers and steps beside a copy, PyTorch and other libraries"
+    )
+    benchmarks.add_arguments(command)
+    command.set_defaults(run=benchmarks.run, error=command.error)
+
+    command = commands.add_parser(
+        "report", parents=[shared], help="one HTML page of all results and profiles in a folder"
+    )
+    command.add_argument("folder", type=Path, metavar="DIR", help="with files of `bench` and of `profile --json`")
+    command.add_argument("--out", type=Path, default=Path("report.html"), help="(default: %(default)s)")
+    command.set_defaults(run=report)
     return whole
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Returns the exit code."""
     options = parser().parse_args(arguments)
+    options.line = shlex.join(["python", "-m", "igb_kernels", *(sys.argv[1:] if arguments is None else arguments)])
     result: int = options.run(options)
     return result
 

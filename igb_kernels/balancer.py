@@ -90,8 +90,8 @@ class Balancer:
             (2 MB; on a GPU 25 MB), methods that need one pass or single elements, `independent` and `accumulate` work
             as with "passes". So does, with a word in the log, a model on several devices, or whose gradients come in
             several pieces (reentrant checkpoints of tied blocks) or on several streams.
-        process_group: a `torch.distributed.ProcessGroup` (as `torch.distributed.group.WORLD`) whose ranks train the same
-            model, each on its own part of the batch. All ranks then call `backward`, `after_step`, `end_epoch`,
+        process_group: a `torch.distributed.ProcessGroup` (as `torch.distributed.group.WORLD`) whose ranks train the
+            same model, each on its own part of the batch. All ranks then call `backward`, `after_step`, `end_epoch`,
             `state_dict` and `load_state_dict` together. Weights are those of the whole batch: losses are means over
             the ranks that have the task, and gradients are averaged before anything is measured; `.grad` becomes that
             of the whole batch, with the same bits on all ranks. A task may be missing on some ranks, and a rank may
@@ -447,12 +447,11 @@ class Balancer:
             ],
         }
         if parallel.agree(found):
+            parallel.check_wrapper()
             state = {"losses": self.losses.state_dict(), "gradients": self.gradients.state_dict()}
             state = _copied(parallel.ranks.from_first(_copied(state, torch.device("cpu"))), self._passes.home)
             self.losses.load_state_dict(state["losses"])
             self.gradients.load_state_dict(state["gradients"])
-        if parallel.wrapped is not None:
-            parallel.wrapped.check()
 
     def _at(
         self, representation: Tensor | Sequence[Tensor], tasks: TaskLosses, others: Sequence[TaskLosses]

@@ -227,7 +227,7 @@ class Passes:
         """The same with the sums of all processes' gradients, of which this one gets its part or the whole."""
         assert self.processes is not None
         passes = self._derived()
-        passes.shared, passes.capture, passes._outgoing = place.params, place.capture, None
+        passes.shared, passes.capture = place.params, place.capture
         if not whole:
             passes._part = Sharded(passes._run, self.processes.total, place.copies)
         return passes

@@ -66,9 +66,9 @@ def _plain(section: Section) -> str:
             for i, (cell, width) in enumerate(zip(row, widths, strict=True))
         ]
         start = len("  ".join(cells[:-1])) + 4 if len(cells) > 1 else 4
-        lines += textwrap.wrap(
-            "  ".join(cells).rstrip(), WIDTH, initial_indent="  ", subsequent_indent=" " * start
-        ) or [""]
+        line = "  " + "  ".join(cells).rstrip()
+        narrow = start > WIDTH // 2  # nothing can be read that is wrapped into what is left
+        lines += [line] if narrow else textwrap.wrap(line, WIDTH, subsequent_indent=" " * start) or [""]
     for note in section.notes:
         lines += textwrap.wrap(note, WIDTH, initial_indent="  ", subsequent_indent="  ")
     return "\n".join(lines)

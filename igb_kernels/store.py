@@ -251,6 +251,8 @@ class Accumulated:
 
     def followed_by(self, batch: Accumulated) -> Accumulated:
         """With the losses of a batch whose gradients were added to those of its tasks here."""
+        if not batch.ids or not self.ids:  # as where only other processes have losses
+            return batch if batch.ids else self
         if batch.ids == self.ids:
             return Accumulated(self.ids, batch.rows, self.losses + batch.losses)
         ids = sorted({*self.ids, *batch.ids})

@@ -23,13 +23,16 @@ class Timing:
     high: float
     """The upper quartile, ms."""
     rounds: int
+    host_ms: float | None = None
+    """Where the others are a GPU's time: the median of the host's, until the call returns."""
 
     @staticmethod
-    def of(seconds: Sequence[float]) -> Timing:
-        """From the rounds' times in seconds."""
+    def of(seconds: Sequence[float], host: Sequence[float] = ()) -> Timing:
+        """From the rounds' times in seconds, and the host's where they are a GPU's."""
         ms = [1e3 * s for s in seconds]
         low, _, high = statistics.quantiles(ms, n=4, method="inclusive") if len(ms) > 1 else (*ms, *ms, *ms)
-        return Timing(statistics.median(ms), low, high, len(ms))
+        host_ms = 1e3 * statistics.median(host) if host else None
+        return Timing(statistics.median(ms), low, high, len(ms), host_ms)
 
 
 @dataclass(frozen=True)
@@ -38,11 +41,14 @@ class Rival:
 
     timing: Timing
     speed_up: float | None
-    """Their time over ours, the median of the rounds' ratios; None where the results disagree."""
+    """Their time over ours, the median of the rounds' ratios (of one that is slower by far and so has few rounds, the
+    ratio of the medians); None where the results disagree."""
     error: float | None = None
     """How far its result is from the float64 truth, relative; None: there is nothing to compare (a copy)."""
     note: str = ""
     """Why there is no speed-up, or what else there is to say."""
+    extra_bytes: int | None = None
+    """As for a measurement."""
 
 
 @dataclass(frozen=True)
@@ -66,7 +72,12 @@ class Measurement:
     """What an ideal implementation reads and writes; None where memory is not what counts."""
     model: str | None = None
     rivals: dict[str, Rival] = field(default_factory=dict)
-    """By name: "copy" (of `moved_bytes`), "reference", "eager", "torchjd", "libmtl", "passes" (the K bare passes)."""
+    """By name: "copy" (of `moved_bytes`), "reference", "eager", "torchjd", "libmtl"; of a step also "passes" (the K
+    bare ones), "passes + copy" (of K gradients), and "with forward" (ours, as other libraries' steps are timed)."""
+    note: str = ""
+    """Why our own result counts as wrong; there are no speed-ups then."""
+    extra_bytes: int | None = None
+    """Of a step: its peak memory beyond that of the K bare passes; None where it was not measured."""
 
     @property
     def gb_per_s(self) -> float | None:
@@ -92,9 +103,13 @@ class Results:
     """ISO 8601, UTC."""
     measurements: list[Measurement]
 
+    def to_json(self) -> str:
+        """What `load` reads."""
+        return json.dumps({"schema": SCHEMA, **asdict(self)}, indent=1)
+
     def save(self, path: Path) -> None:
         """As JSON."""
-        path.write_text(json.dumps({"schema": SCHEMA, **asdict(self)}, indent=1) + "\n")
+        path.write_text(self.to_json() + "\n")
 
     @staticmethod
     def load(path: Path) -> Results:
@@ -102,7 +117,10 @@ class Results:
         found = json.loads(path.read_text())
         if not isinstance(found, dict) or found.pop("schema", None) != SCHEMA:
             raise ValueError(f"{path} must be a result of `python -m igb_kernels bench` (schema {SCHEMA})")
-        return Results(**{**found, "measurements": [_measurement(m) for m in found["measurements"]]})
+        try:
+            return Results(**{**found, "measurements": [_measurement(m) for m in found["measurements"]]})
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"{path} is not a whole result of `bench`: {type(error).__name__}: {error}") from error
 
 
 def _measurement(found: dict[str, Any]) -> Measurement:

@@ -55,7 +55,9 @@ class DataParallel:
         return {**vars(self), "_shards": None, "_replicas": None, "agreed": False}
 
     def losses(self, values: Tensor, ids: Sequence[int], tasks: int) -> GlobalLosses:
-        """See `Ranks.losses`; ValueError where tasks are missing on some ranks and their modules could not bear it."""
+        """See `Ranks.losses`; errors where tasks are missing on some ranks and their modules could not bear it."""
+        if self.wrapped is not None:
+            self.wrapped.check()
         if isinstance(values, DTensor):
             raise TypeError("losses must be plain tensors, found DTensors: loss.full_tensor() is the whole one")
         if self.sharded is not None:
@@ -126,6 +128,14 @@ class DataParallel:
         if first:
             self.ranks.same_everywhere(found)
         return first
+
+    def check_wrapper(self) -> None:
+        """RuntimeError where a DistributedDataParallel sums gradients, too."""
+        if self.wrapped is None and wrapper_of(self._shared) is not None:
+            raise RuntimeError(
+                "a Balancer with a process_group must be made after the DistributedDataParallel around its shared "
+                "parameters, found one that came later"
+            )
 
     def end_step(self, local: Sequence[Tensor]) -> None:
         """Sums what is of this rank alone in `.grad` of these parameters, and sends buffers."""

@@ -13,6 +13,9 @@ from igb_kernels.store import Grads
 BUCKET_BYTES = 25 << 20
 """The least that makes a message of its own, so that it can be on its way while the next is packed."""
 
+PART_BYTES = 256 << 10
+"""The least of a message that goes to each rank: with less, many ranks would wait for latencies alone."""
+
 ALIGNMENT = 64
 """Elements: shards begin where vector loads like to."""
 
@@ -36,6 +39,7 @@ class Flat:
     def __init__(self, params: Sequence[Tensor], shards: int) -> None:
         self.params, self.shards = params, shards
         self.buckets: list[Bucket] = []
+        enough = max(BUCKET_BYTES, shards * PART_BYTES)
         by_dtype: dict[torch.dtype, list[int]] = {}
         for i in reversed(range(len(params))):  # about as backward passes reach them
             by_dtype.setdefault(_real(_grad_dtype(params[i])), []).append(i)
@@ -45,7 +49,7 @@ class Flat:
             for i in members:
                 chosen.append(i)
                 elements += _elements(params[i])
-                if elements * dtype.itemsize >= BUCKET_BYTES or i == members[-1]:
+                if elements * dtype.itemsize >= enough or i == members[-1]:
                     self.buckets.append(self._bucket(chosen, dtype))
                     chosen, elements = [], 0
 

@@ -57,6 +57,10 @@ class Wrapped:
             dist.get_process_group_ranks(group)
         ):
             raise ValueError("process_group must be that of the DistributedDataParallel, found one of other ranks")
+        if ddp.static_graph:
+            raise ValueError(
+                "the DistributedDataParallel must be made with static_graph=False: with it, there is no no_sync()"
+            )
         self._ddp, self._group = ddp, group
         known = {id(p) for p in shared}
         self.heads = [p for p in ddp.parameters() if p.requires_grad and id(p) not in known]

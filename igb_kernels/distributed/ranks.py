@@ -44,9 +44,8 @@ class Ranks:
         self.group, self.rank, self.size = group, dist.get_rank(group), dist.get_world_size(group)
         if self.rank < 0:
             raise ValueError("process_group must have this process as a member, found that it has not")
-        self.scatters = dist.get_backend(group) != "gloo"
-        """Whether a reduce-scatter sends less than an all-reduce."""
         self.reached = Reached(self)
+        self._loss_dtype = torch.get_default_dtype()
         self.averaged_by_module = False
         """Whether the parameters are DTensors, whose modules average gradients over the ranks in the passes."""
 
@@ -68,6 +67,12 @@ class Ranks:
             raise ValueError(f"shared must be DTensors where other parameters are, found none: {AFTER}")
         return found
 
+    def scatters(self, device: torch.device) -> bool:
+        """Whether a reduce-scatter of what is there sends less than an all-reduce. A group may have several backends,
+        as `init_process_group()` makes it."""
+        backends = dict(one.split(":") for one in dist.get_backend_config(self.group).split(","))
+        return backends.get(device.type) != "gloo"
+
     def total(self, part: Tensor) -> Tensor:
         """The sum over the ranks, the same bits on all."""
         whole = part.clone()
@@ -76,6 +81,8 @@ class Ranks:
 
     def losses(self, values: Tensor, ids: Sequence[int], tasks: int) -> GlobalLosses:
         """From this rank's losses [A] of the tasks `ids`. Waits for the device only where tasks are missing here."""
+        if len(ids):
+            self._loss_dtype = values.dtype
         both = torch.zeros(2, tasks, dtype=torch.float64, device=values.device)
         if len(ids) == tasks:
             both[0].copy_(values)
@@ -94,7 +101,7 @@ class Ranks:
             at = torch.tensor(ids, device=values.device)
             sums, counts = sums[at], counts[at]
         share = (self.size if self.averaged_by_module else 1) / counts
-        return GlobalLosses(ids, (sums / counts).to(values.dtype), counts, share)
+        return GlobalLosses(ids, (sums / counts).to(self._loss_dtype), counts, share)
 
     def same_everywhere(self, found: dict[str, Any]) -> None:
         """ValueError on all ranks where one of these differs between them."""
@@ -149,5 +156,8 @@ class Reached:
         if self._last is None or self._last[0] != here or self._last[1].device != device:
             self._last = here, torch.tensor(here, dtype=torch.int32).to(device)
         counts = self._last[1].clone()
-        dist.all_reduce(counts, group=self._ranks.group)
+        work = dist.all_reduce(counts, group=self._ranks.group, async_op=True)
+        if all(here) and not counts.is_cuda:  # others may have to wait for it
+            return here
+        work.wait()
         return here if all(here) else [count > 0 for count in counts.tolist()]

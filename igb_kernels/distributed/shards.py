@@ -18,6 +18,10 @@ from igb_kernels.store import Grads, TaskGradients
 
 Waiting = list[Callable[[], Any]]
 
+# What they are called from torch 2.13 on, and before.
+all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
 
 class Shards:
     """This rank's part of the shared parameters' gradients: for each flat bucket of them, one leaf that stands for the
@@ -35,7 +39,8 @@ class Shards:
         self.reached = [False] * len(shared)
         """Whether any pass of the step has come to the parameter, on this rank."""
         self.copies: dict[int, int] = {}
-        self._buffers: list[list[Tensor]] = []
+        self._spare: list[tuple[list[Tensor], list[Tensor]]] = []
+        """Buffers that nothing is on its way from or to: the packed ones, and those for the other ranks' parts."""
 
     def send(self, grads: Grads) -> tuple[list[Tensor], Waiting]:
         """Sends a row of gradients of this rank's; its shard of their sums, which is there when all have been waited
@@ -43,21 +48,27 @@ class Shards:
         self.reached = [was or grad is not None for was, grad in zip(self.reached, grads, strict=True)]
         own: list[Tensor] = []
         waiting: Waiting = []
+        spare = self._spare.pop() if self._spare else (self.layout.empty(), self._room_for_parts())
+        parts = iter(spare[1])
 
         def scatter(buffer: Tensor) -> None:
-            shard, wait = _reduce_scatter(self.ranks, buffer)
+            shard, wait = _reduce_scatter(self.ranks, buffer, next(parts, None))
             own.append(shard)
             waiting.append(wait)
 
-        buffers = self.layout.pack(grads, scatter, self._buffers.pop() if self._buffers else None)
-        waiting.append(lambda: self._buffers.append(buffers))
+        self.layout.pack(grads, scatter, spare[0])
+        waiting.append(lambda: self._spare.append(spare))
         return own, waiting
+
+    def _room_for_parts(self) -> list[Tensor]:
+        return [] if self.ranks.scatters(self.shared[0].device) else self.layout.empty()
 
     def pass_on(self, retain_graph: bool) -> None:
         """Makes `.grad` of the shared parameters the whole update, where some rank's passes reached them."""
         reached = self.ranks.reached.of(self.reached, self.shared[0].device)
         self.reached = [False] * len(self.shared)
-        self._buffers.clear()
+        if self.shared[0].device.type != "cpu":  # whose memory, once it is the system's again, is slow to get
+            self._spare.clear()
         whole = self.layout.like_params(self._whole([p.grad for p in self.params]))
         for p in self.params:
             p.grad = None
@@ -72,7 +83,7 @@ class Shards:
                 bucket.size, dtype=bucket.dtype if shard is None else shard.dtype, device=bucket.device
             )
             own = buffer.new_zeros(bucket.size // self.ranks.size) if shard is None else shard
-            waiting.append(dist.all_gather_into_tensor(buffer, own, group=self.ranks.group, async_op=True))
+            waiting.append(all_gather(buffer, own, group=self.ranks.group, async_op=True))
             buffers.append(buffer)
         for work in waiting:
             if work is not None:
@@ -97,17 +108,15 @@ class Shards:
         return [b[self.ranks.rank * n :][:n].clone() for b, n in zip(buffers, size, strict=True)]
 
 
-def _reduce_scatter(ranks: Ranks, buffer: Tensor) -> tuple[Tensor, Callable[[], Any]]:
+def _reduce_scatter(ranks: Ranks, buffer: Tensor, parts: Tensor | None) -> tuple[Tensor, Callable[[], Any]]:
     """This rank's shard of the buffers' sum over the ranks, and what waits for it."""
     size = len(buffer) // ranks.size
-    if ranks.scatters:
-        shard = buffer.new_empty(size)
-        work = dist.reduce_scatter_tensor(shard, buffer, group=ranks.group, async_op=True)
+    shard = buffer.new_empty(size)
+    if parts is None:
+        work = reduce_scatter(shard, buffer, group=ranks.group, async_op=True)
         return shard, work.wait
     # Gloo would send as much as for an all-reduce. So each rank gets all others' parts of its shard, and sums them.
-    parts = torch.empty_like(buffer)
     work = dist.all_to_all_single(parts, buffer, group=ranks.group, async_op=True)
-    shard = buffer.new_empty(size)
 
     def wait() -> None:
         work.wait()
@@ -130,8 +139,9 @@ class ShardedCapture(Capture):
         sent: tuple[list[Tensor], Waiting] | None = None
         for run in passes:
             run()
-            sent, before = self._shards.send(take_grads(self.params)), sent
-            self._store(rows, before)
+            # First what the last pass sent: its buffers serve again, and what is measured of it queues behind nothing.
+            self._store(rows, sent)
+            sent = self._shards.send(take_grads(self.params))
             yield
         self._store(rows, sent)
 

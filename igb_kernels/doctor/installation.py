@@ -24,8 +24,8 @@ def installation() -> dict[str, str]:
         "compiled module": _compiled_module(),
         "python": f"{platform.python_version()}, {platform.platform()}",
         "torch": f"{torch.__version__}, {_torch_build()}",
-        "processor": f"{_processor()}, {os.cpu_count()} cores, torch uses {torch.get_num_threads()} threads",
-        "driver": _driver(),
+        "processor": f"{processor()}, {os.cpu_count()} cores, torch uses {torch.get_num_threads()} threads",
+        "driver": driver(),
         **{f"GPU {i}": _gpu(i) for i in range(torch.cuda.device_count())},
         "triton": _package("triton", "needed only for GPUs without the compiled CUDA kernels"),
         "nvcc": _nvcc(),
@@ -50,13 +50,15 @@ def _torch_build() -> str:
     return "built without CUDA" if torch.version.cuda is None else f"built for CUDA {torch.version.cuda}"
 
 
-def _processor() -> str:
+def processor() -> str:
+    """The CPU's name."""
     info = Path("/proc/cpuinfo")
     found = re.search(r"model name\s*:\s*(.+)", info.read_text()) if info.exists() else None
     return found[1] if found else platform.processor() or platform.machine()
 
 
-def _driver() -> str:
+def driver() -> str:
+    """NVIDIA's, with its version, in words."""
     version = Path("/proc/driver/nvidia/version")
     if version.exists() and (found := re.search(r"(\d+\.\d+(\.\d+)?)", version.read_text())):
         return f"NVIDIA {found[1]}"

@@ -15,7 +15,9 @@ LIMIT = 60
 """Seconds that a function may take."""
 
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["torch", "torch.distributed.tensor", "torch.nn.parallel", "igb_kernels"])
+_context.set_forkserver_preload(
+    ["torch.distributed.tensor", "torch.nn.parallel", "torch._dynamo", "stable_baselines3", "igb_kernels.balancer"]
+)
 
 
 def free_port() -> int:
@@ -28,7 +30,7 @@ def free_port() -> int:
 class Pool:
     """N processes that are ranks 0 to N - 1; functions must be importable, and get the rank first."""
 
-    def __init__(self, size: int, timeout: float = LIMIT) -> None:
+    def __init__(self, size: int, timeout: float = LIMIT / 2) -> None:
         self.size, self._timeout = size, timeout
         port = free_port()
         self._pipes, self.processes = [], []
@@ -54,9 +56,8 @@ class Pool:
                 self.close()
                 raise TimeoutError(f"rank {rank} has not answered after {LIMIT} s")
             found.append(pipe.recv())
-        for rank, (right, value) in enumerate(found):
-            if not right:
-                raise AssertionError(f"rank {rank} failed:\n{value}")
+        if errors := [f"rank {rank} failed:\n{value}" for rank, (right, value) in enumerate(found) if not right]:
+            raise AssertionError("\n".join(errors))
         return [value for _, value in found]
 
     def close(self) -> None:

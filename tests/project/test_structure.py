@@ -64,7 +64,7 @@ ALLOWED = {
     "printing": set(),
     "doctor": OPERATIONS | {"_native", "losses", "gradients", "balancer", "printing"},
     "profiling": OPERATIONS | {"losses", "gradients", "capture", "representation", "balancer", "printing"},
-    "bench": OPERATIONS | {"_native", "_C", "losses", "gradients", "balancer", "printing"},
+    "bench": OPERATIONS | {"_native", "losses", "gradients", "balancer", "profiling", "printing", "doctor"},
     "report": {"bench", "printing"},
     "__main__": {"doctor", "profiling", "printing", "bench", "report"},
     "integrations": OPERATIONS
