@@ -163,6 +163,7 @@ class Balancer:
         if self.capture != "passes":
             raise ValueError(f'capture must be "passes" with a process_group, found {self.capture!r}')
         self._parallel = DataParallel(process_group, self.shared)
+        self._parallel.check_method(self.gradients.needs())
         self._passes.processes = self._parallel.ranks
         if self._parallel.wrapped is not None:
             self._passes.give_heads(self._parallel.wrapped.heads)

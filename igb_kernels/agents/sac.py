@@ -174,10 +174,16 @@ class SACAgent:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restores what `state_dict` returned."""
         for name, part in self._parts().items():
-            part.load_state_dict(state[name])
+            part.load_state_dict(_numbered(state[name]) if isinstance(part, torch.optim.Optimizer) else state[name])
         with torch.no_grad():
             self._sac.log_ent_coef.copy_(state["log_entropy_coefficient"])
         self._buffer.load_state_dict(state["transitions"])
+
+
+def _numbered(state: Mapping[str, Any]) -> dict[str, Any]:
+    """An optimizer's state, also as `torch.distributed.checkpoint` gives it back: without what is empty, and with
+    strings for the numbers of parameters."""
+    return {**state, "state": {int(i): of_parameter for i, of_parameter in state.get("state", {}).items()}}
 
 
 @contextmanager

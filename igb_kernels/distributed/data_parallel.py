@@ -58,6 +58,8 @@ class DataParallel:
         """See `Ranks.losses`; errors where tasks are missing on some ranks and their modules could not bear it."""
         if self.wrapped is not None:
             self.wrapped.check()
+        if isinstance(values, DTensor):
+            raise TypeError("losses must be plain tensors, found DTensors: loss.full_tensor() is the whole one")
         if self.sharded is not None:
             self.sharded.modules.check()
         found = self.ranks.losses(values, ids, tasks)
@@ -67,6 +69,12 @@ class DataParallel:
                 f"communicate; found {len(ids)} here. A task without samples has a loss of 0 times its outputs' sum"
             )
         return found
+
+    def check_method(self, needs: Needs, crossed: bool = False) -> None:
+        """ValueError for what needs whole gradients, where parameters are sharded."""
+        if self.sharded is not None and (crossed or needs is Needs.ELEMENTS):
+            what = "independent batches" if crossed else "single elements of gradients"
+            raise ValueError(f"gradients must be a method without {what} where parameters are sharded")
 
     def before_passes(self, values: Tensor, ids: Sequence[int], tasks: int) -> None:
         """As `losses` raises, where passes communicate and come before `losses`."""
@@ -100,9 +108,7 @@ class DataParallel:
         """Those that work where the gradients of all ranks are."""
         if not crossed and needs is not Needs.ELEMENTS:
             return passes.gathering(self.place, whole=False), self.place
-        if self.sharded is not None:
-            what = "independent batches" if crossed else "single elements of gradients"
-            raise ValueError(f"gradients must be a method without {what} where parameters are sharded")
+        self.check_method(needs, crossed)
         if self._replicas is None:
             self._replicas = Replicas(self.ranks, self._shared)
         return passes.gathering(self._replicas, whole=True), self._replicas

@@ -55,12 +55,6 @@ class Ranks:
     def __reduce__(self) -> Any:
         raise TypeError("a balancer with a process_group cannot be pickled: save its state_dict()")
 
-    def scatters(self, device: torch.device) -> bool:
-        """Whether a reduce-scatter of what is there sends less than an all-reduce. A group may have several backends,
-        as `init_process_group()` makes it."""
-        backends = dict(one.split(":") for one in dist.get_backend_config(self.group).split(","))
-        return backends.get(device.type) != "gloo"
-
     def parts(self, params: Sequence[Tensor]) -> LocalParts | None:
         """What this rank has of parameters of which some are DTensors; None: all of them."""
         return LocalParts(params) if any(isinstance(p, DTensor) for p in params) else None
@@ -72,6 +66,12 @@ class Ranks:
         if not self.averaged_by_module and any(isinstance(p, DTensor) for p in found):
             raise ValueError(f"shared must be DTensors where other parameters are, found none: {AFTER}")
         return found
+
+    def scatters(self, device: torch.device) -> bool:
+        """Whether a reduce-scatter of what is there sends less than an all-reduce. A group may have several backends,
+        as `init_process_group()` makes it."""
+        backends = dict(one.split(":") for one in dist.get_backend_config(self.group).split(","))
+        return backends.get(device.type) != "gloo"
 
     def total(self, part: Tensor) -> Tensor:
         """The sum over the ranks, the same bits on all."""

@@ -19,3 +19,8 @@ def two():
 @pytest.fixture(scope="session")
 def three():
     yield from _pool(3)
+
+
+@pytest.fixture(scope="session")
+def four():
+    yield from _pool(4)

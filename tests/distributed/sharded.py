@@ -13,7 +13,14 @@ from balancer.test_state import STATES
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.tensor.parallel import (
+    ColwiseParallel,
+    PrepareModuleInput,
+    RowwiseParallel,
+    SequenceParallel,
+    parallelize_module,
+)
 
 import igb_kernels as igb
 
@@ -59,15 +66,54 @@ def kept(net: Whole) -> None:
 
 
 def mixed(net: Whole) -> None:
-    everything(net, mp_policy=MixedPrecisionPolicy(torch.bfloat16, torch.float32, torch.float32))
+    everything(net, mp_policy=MixedPrecisionPolicy(torch.bfloat16, torch.float32))
 
+
+def replicas(net: Whole) -> None:
+    fully_shard(net, mesh=mesh_of((dist.get_world_size() // 2, 2), ("replicate", "shard")))
+
+
+def replicas_alone(net: Whole) -> None:
+    fully_shard(net, mesh=mesh_of((2, 1), ("replicate", "shard")))
+
+
+def tensor_parallel(net: Whole) -> None:
+    """Norms stay plain."""
+    parallelize_module(net.encoder, mesh_of((2,)), {"0": ColwiseParallel(), "2": RowwiseParallel()})
+
+
+def sequence_parallel(net: Whole) -> None:
+    """Gradients of norms come as what each rank's samples add to their sums."""
+    plan = {
+        "0": ColwiseParallel(),
+        "2": RowwiseParallel(output_layouts=Shard(0)),
+        "3": SequenceParallel(sequence_dim=0, use_local_output=True),
+        "4": PrepareModuleInput(input_layouts=Shard(0), desired_input_layouts=Replicate(), use_local_output=True),
+    }
+    parallelize_module(net.encoder, mesh_of((2,)), plan)
+
+
+def both(net: Whole) -> None:
+    """Norms are sharded along one dimension of the mesh alone, the heads not at all."""
+    mesh = mesh_of((2, 2), ("dp", "tp"))
+    parallelize_module(net.encoder, mesh["tp"], {"0": ColwiseParallel(), "2": RowwiseParallel()})
+    fully_shard(net.encoder, mesh=mesh["dp"])
+
+
+WITH_NORM = ("tensor parallel", "sequence parallel", "fully sharded and tensor parallel")
 
 SHARDED: dict[str, Callable[[Whole], None]] = {
+    "whole": lambda net: None,
     "encoder": encoder_only,
     "everything": everything,
     "separate heads": separate_heads,
     "not resharded": kept,
     "mixed precision": mixed,
+    "replicas": replicas,
+    "replicas alone": replicas_alone,
+    "tensor parallel": tensor_parallel,
+    "sequence parallel": sequence_parallel,
+    "fully sharded and tensor parallel": both,
 }
 """How models are changed, by name."""
 
@@ -82,15 +128,18 @@ class Run(Training):
         rank: int | None = None,
         shard: str = "encoder",
         mode: str = "step",
-        same_batch: bool = False,
+        tensor_parallel: int = 1,
+        shares: int | None = None,
         **options: Any,
     ) -> None:
-        """`mode` is the method that takes a step; with the `same_batch`, ranks share that of rank 0."""
+        """`mode` is the method that takes a step; neighbouring ranks that are `tensor_parallel` share a batch.
+        A step's batch has as many `shares` as ranks, or more."""
         self.ranks, self.rank, self.kind, self.dtype = ranks, rank, "mlp", options.pop("dtype", torch.float64)
-        self.mode, self.same_batch = mode, same_batch
+        self.mode, self.tensor_parallel = mode, tensor_parallel
+        self.shares = ranks // tensor_parallel if shares is None else shares
         self.net = make_net("mlp", self.dtype)
-        if shard in MODELS:
-            self.net.encoder = MODELS[shard]().to(self.dtype)
+        if shard in WITH_NORM:
+            self.net.encoder.insert(3, nn.LayerNorm(5, dtype=self.dtype))
         self.net.__class__ = Whole
         if rank is not None:
             SHARDED[shard](self.net)
@@ -107,11 +156,12 @@ class Run(Training):
         self.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**40, growth_interval=2)
 
     def losses(self, step: int) -> list[Tensor]:
-        found = batches("mlp", step, 1 if self.same_batch else self.ranks, self.dtype)
-        if self.rank is None:
-            x, y = torch.cat([x for x, _ in found]), torch.cat([y for _, y in found], dim=1)
-        else:
-            x, y = found[0 if self.same_batch else self.rank]
+        found = batches("mlp", step, self.shares, self.dtype)
+        if self.rank is not None:
+            each = self.shares * self.tensor_parallel // self.ranks
+            first = self.rank // self.tensor_parallel * each
+            found = found[first : first + each]
+        x, y = torch.cat([x for x, _ in found]), torch.cat([y for _, y in found], dim=1)
         self.z, outputs = self.net(x)
         return [scale * (out - t).square().mean() for out, t, scale in zip(outputs, y, TASK_SCALES, strict=False)]
 
@@ -185,7 +235,3 @@ class Run(Training):
             "grads": whole([p.grad for p in self.params]),
             "params": whole(self.params),
         }
-
-
-MODELS: dict[str, Callable[[], nn.Module]] = {}
-"""Encoders of their own, by the way they are sharded."""
