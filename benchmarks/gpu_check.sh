@@ -53,7 +53,8 @@ sanitize initcheck
 
 device=$("$PYTHON" -c "import re, torch; print(re.sub(r'\W+', '-', torch.cuda.get_device_name().lower()))")
 results=${RESULTS:-benchmarks/results/$device-$(date +%Y-%m-%d).json}
-stage bench 180 "$PYTHON" -m pytest benchmarks --ignore benchmarks/test_models.py --gpu --results "$results" -p no:cacheprovider --tb=short
+stage bench 180 "$PYTHON" -m pytest benchmarks --ignore benchmarks/test_models.py --gpu --seconds 0.1 \
+  --results "$results" -p no:cacheprovider --tb=short
 stage models 300 "$PYTHON" -m pytest benchmarks/test_models.py --gpu --results "${results%.json}-models.json" \
   -p no:cacheprovider --tb=short
 stage memory 60 "$PYTHON" -m benchmarks.memory --gpu --without-peers --json "${results%.json}-memory.json"

@@ -50,4 +50,4 @@ def test_libmtl(compare, device, method: str, model: str, tasks: int) -> None:
     agreement = torch.nn.functional.cosine_similarity(*updates, dim=0)
     if method != "Nash_MTL":  # LibMTL's solver may fail, and then keeps earlier weights
         assert float(agreement) > 1 - 1e-3, "a speed is worth nothing where the results disagree"
-    compare(lambda: step(ours), {"LibMTL": lambda: step(theirs)}, {}, rounds=ROUNDS[model], setup=setup)
+    compare(lambda: step(ours), {"libmtl": lambda: step(theirs)}, {}, rounds=ROUNDS[model], setup=setup)

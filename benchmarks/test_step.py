@@ -39,5 +39,5 @@ def test_captures(compare, device, backends, method: str, model: str, tasks: int
         balancer.backward(*whole.losses())
         found.append([p.grad for p in whole.task.shared])
     assert all(torch.equal(a, b) for a, b in zip(*found[2:], strict=True))
-    close = {"passes": passes.backward, "bare passes": whole.bare_passes}
+    close = {"after each pass": passes.backward, "passes": whole.bare_passes}
     compare(hooks.backward, close, {}, rounds=ROUNDS.get(model, 10), setup=whole.losses)

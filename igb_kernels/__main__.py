@@ -1,5 +1,5 @@
-"""`python -m igb_kernels`: what runs here, whether it is right and how fast, and where the time of a script's steps
-goes."""
+"""`python -m igb_kernels`: what runs here, whether it is right and how fast, where the time of a script's steps goes,
+and a page of what was measured."""
 
 from __future__ import annotations
 
@@ -55,6 +55,36 @@ def profile(options: argparse.Namespace) -> int:
     return 0 if right and profiles else 1
 
 
+def report(options: argparse.Namespace) -> int:
+    """Writes the page; 1 where there is nothing to show."""
+    from igb_kernels.report import find, page
+    from igb_kernels.report.words import number
+
+    try:
+        found = find(options.folder)
+    except NotADirectoryError as error:
+        print(error, file=sys.stderr)
+        return 1
+    there = bool(found.runs or found.profiles)
+    if there:
+        options.out.write_text(page(found), encoding="utf-8")
+    if options.json:
+        shown = sorted({run.name for run in found.runs} | {profile.name for profile in found.profiles})
+        print(
+            json.dumps(
+                {"page": str(options.out) if there else None, "shown": shown, "skipped": found.skipped}, indent=1
+            )
+        )
+        return 0 if there else 1
+    for name, why in found.skipped.items():
+        print(f"skipped: {name} {why}", file=sys.stderr)
+    if there:
+        print(f"{options.out}: {number(len(found.runs), 'run')} and {number(len(found.profiles), 'profile')}")
+    else:
+        print(f"{options.folder} has no results of `bench` or `profile --json` (*.json)", file=sys.stderr)
+    return 0 if there else 1
+
+
 def parser() -> argparse.ArgumentParser:
     """Every command is a function of its options that returns the exit code."""
     whole = argparse.ArgumentParser(prog="python -m igb_kernels", description="Loss and gradient balancing.")
@@ -84,6 +114,13 @@ def parser() -> argparse.ArgumentParser:
     )
     benchmarks.add_arguments(command)
     command.set_defaults(run=benchmarks.run, error=command.error)
+
+    command = commands.add_parser(
+        "report", parents=[shared], help="one HTML page of all results and profiles in a folder"
+    )
+    command.add_argument("folder", type=Path, metavar="DIR", help="with files of `bench` and of `profile --json`")
+    command.add_argument("--out", type=Path, default=Path("report.html"), help="(default: %(default)s)")
+    command.set_defaults(run=report)
     return whole
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -19,10 +19,13 @@ from igb_kernels.gradients.base import Needs
 from igb_kernels.hooks import CAPTURES
 from igb_kernels.losses import LossBalancer
 from igb_kernels.ops import accumulator_dtype
-from igb_kernels.passes import Passes, Step, units_of
+from igb_kernels.passes import Passes, Place, Step, units_of
 from igb_kernels.representation import Representation
 from igb_kernels.result import BalanceResult
-from igb_kernels.store import Accumulated, MovingAverages
+from igb_kernels.store import Accumulated, Grads, MovingAverages
+
+if TYPE_CHECKING:
+    from igb_kernels.distributed.data_parallel import DataParallel
 
 HEADS = ("scaled", "weighted")
 MOST_SETS = 1024
@@ -87,6 +90,13 @@ class Balancer:
             (2 MB; on a GPU 25 MB), methods that need one pass or single elements, `independent` and `accumulate` work
             as with "passes". So does, with a word in the log, a model on several devices, or whose gradients come in
             several pieces (reentrant checkpoints of tied blocks) or on several streams.
+        process_group: a `torch.distributed.ProcessGroup` (as `torch.distributed.group.WORLD`) whose ranks train the
+            same model, each on its own part of the batch. All ranks then call `backward`, `after_step`, `end_epoch`,
+            `state_dict` and `load_state_dict` together. Weights are those of the whole batch: losses are means over
+            the ranks that have the task, and gradients are averaged before anything is measured; `.grad` becomes that
+            of the whole batch, with the same bits on all ranks. A task may be missing on some ranks, and a rank may
+            have none (`[None] * K`). In a DistributedDataParallel, made before the balancer, communication is taken
+            over for good. Parameters may be DTensors of `fully_shard`. See DISTRIBUTED.md.
 
     Raises:
         ValueError, TypeError: naming the argument, the rule, and what was found.
@@ -104,6 +114,7 @@ class Balancer:
         backend: str = "auto",
         bank_dtype: torch.dtype | None = None,
         capture: str = "passes",
+        process_group: Any = None,
     ) -> None:
         self.gradients, self.losses = methods_of(gradients, losses)
         self.shared = parameters_of("shared", shared)
@@ -135,12 +146,26 @@ class Balancer:
             bank_dtype,
             CAPTURES[capture](self.shared),
         )
+        self._parallel: DataParallel | None = None
+        if process_group is not None:
+            self._join(process_group)
         self._given_tasks, self._given_names = known_tasks(tasks)
         self._tasks: int | None = None  # from the first step on
         self._names = self._given_names
         self._last: tuple[int, ...] | None = None  # the tasks of the last step, None: all
         self._sets: dict[tuple[int, ...], ActiveTasks] = {}
         self._accumulated: Accumulated | None = None
+
+    def _join(self, process_group: Any) -> None:
+        """Takes part in the steps of the group's processes."""
+        from igb_kernels.distributed.data_parallel import DataParallel
+
+        if self.capture != "passes":
+            raise ValueError(f'capture must be "passes" with a process_group, found {self.capture!r}')
+        self._parallel = DataParallel(process_group, self.shared)
+        self._passes.processes = self._parallel.ranks
+        if self._parallel.wrapped is not None:
+            self._passes.give_heads(self._parallel.wrapped.heads)
 
     @uncompiled
     def backward(
@@ -193,7 +218,7 @@ class Balancer:
                 rule = "hold at most two batches" if self._accumulated is None else "stay empty after accumulate()"
             raise ValueError(f"independent must {rule}; found {len(others)}")
         captured = self._captures_graph()
-        if self._accumulated is None:
+        if self._accumulated is None and self._parallel is None:
             self._set_active(tasks.active, tasks, captured)
         if captured:
             self._check_capture()
@@ -203,8 +228,9 @@ class Balancer:
             self._start(tasks)
             if self._accumulated is not None:
                 self._accumulate(tasks, factor, retain_graph)
-                ids = tuple(self._accumulated.ids)
-                self._set_active(ids if len(ids) < tasks.total else None, tasks, captured)
+                if self._parallel is None:
+                    ids = tuple(self._accumulated.ids)
+                    self._set_active(ids if len(ids) < tasks.total else None, tasks, captured)
             at = None if representation is None else self._at(representation, tasks, others)
             if at is None:
                 result = self._step(self._passes, tasks, others, factor, retain_graph)
@@ -285,8 +311,19 @@ class Balancer:
             self._read(losses, "losses", need_graph=False)
             raise RuntimeError("after_step comes after backward, which has not been called")
         only = range(self._tasks) if self._last is None else self._last
-        tasks = self._read(losses, "losses", need_graph=False, only=only)
-        self.losses.after_step(tasks.values, self._run)
+        if self._parallel is None:
+            values = self._read(losses, "losses", need_graph=False, only=only).values
+        else:
+            tasks = self._read(losses, "losses", need_graph=False)
+            ids = [k for k in tasks.ids if k in only]
+            own = tasks.values[[k in only for k in tasks.ids]]
+            together = self._parallel.losses(own, ids, self._tasks)
+            if [*together.ids] != [*only]:
+                raise ValueError(
+                    f"losses must hold those of the tasks {[*only]} as the last step's did, found {[*together.ids]}"
+                )
+            values = together.values
+        self.losses.after_step(values, self._run)
 
     def _read(
         self,
@@ -302,13 +339,27 @@ class Balancer:
             known = self._tasks, "as in earlier steps"
         elif self._given_tasks is not None:
             known = self._given_tasks, "as Balancer(tasks=...) says"
-        tasks = TaskLosses(losses, self._names, argument, need_graph=need_graph, only=only, tasks=known)
+        tasks = TaskLosses(
+            losses,
+            self._names,
+            argument,
+            need_graph=need_graph,
+            only=only,
+            tasks=known,
+            elsewhere=self._elsewhere,
+        )
         self._check_device(tasks, argument)
         return tasks
 
+    @property
+    def _elsewhere(self) -> torch.device | None:
+        """Where this process's losses would be if only others had some; None where there are no others."""
+        return None if self._parallel is None else self._passes.home
+
     def _read_other(self, batch: Losses, names: tuple[str, ...] | None, argument: str, first: TaskLosses) -> TaskLosses:
         """The losses of an independent batch, checked."""
-        tasks = TaskLosses(batch, names, argument, tasks=(first.total, "as losses does"))
+        known = first.total, "as losses does"
+        tasks = TaskLosses(batch, names, argument, tasks=known, elsewhere=self._elsewhere)
         if tasks.values.device != first.values.device:
             raise ValueError(f"{argument} must be on {first.values.device} like losses, found {tasks.values.device}")
         if tasks.active != first.active:
@@ -350,6 +401,8 @@ class Balancer:
         return captures_graph(self.shared[0].device) if several is None else several.captured()
 
     def _check_capture(self) -> None:
+        if self._parallel is not None:
+            raise RuntimeError("a step of several processes cannot be captured in a CUDA graph")
         if self._passes.several is not None:
             devices = ", ".join(map(str, self._passes.several.devices))
             raise RuntimeError(f"a step on several devices cannot be captured in a CUDA graph: it is on {devices}")
@@ -371,6 +424,31 @@ class Balancer:
             raise ValueError(f"bank_dtype must be None for {self.gradients!r}, which keeps no gradients")
         if self._passes.find_heads(tasks) and known:
             self.load_state_dict(self.state_dict())  # it was loaded before it was known where losses are
+        if self._parallel is not None:
+            self._agree(self._parallel)
+        elif not known:
+            _check_alone(self.shared)
+
+    def _agree(self, parallel: DataParallel) -> None:
+        """Before the first step: all ranks balance the same, and begin with the same numbers."""
+        if self._passes.several is not None:
+            raise ValueError(f"shared must be on one device with a process_group, found {self._passes.several.devices}")
+        found = {
+            "the number of tasks": self._tasks,
+            "the tasks' names": self._names,
+            "the balancer": self._options(),
+            "heads": self.heads,
+            "the shapes of shared": [(tuple(p.shape), str(p.dtype)) for p in self.shared],
+            "the shapes of task-specific parameters (a DistributedDataParallel knows those of all tasks)": [
+                (tuple(p.shape), str(p.dtype)) for p in self._passes.head_params()
+            ],
+        }
+        if parallel.agree(found):
+            parallel.check_wrapper()
+            state = {"losses": self.losses.state_dict(), "gradients": self.gradients.state_dict()}
+            state = _copied(parallel.ranks.from_first(_copied(state, torch.device("cpu"))), self._passes.home)
+            self.losses.load_state_dict(state["losses"])
+            self.gradients.load_state_dict(state["gradients"])
 
     def _at(
         self, representation: Tensor | Sequence[Tensor], tasks: TaskLosses, others: Sequence[TaskLosses]
@@ -398,11 +476,26 @@ class Balancer:
         ids, rows, losses = tasks.ids, None, tasks.values
         if self._accumulated is not None:
             ids, rows, losses = self._accumulated.ids, self._accumulated.rows, self._accumulated.losses
+        place: Place | None = at
+        behind: Sequence[Tensor] = ()
+        share = None
+        if self._parallel is not None:
+            together = self._parallel.losses(losses, ids, tasks.total)
+            ids, losses, share = together.ids, together.values, together.share
+            self._set_active(tuple(ids) if len(ids) < tasks.total else None, tasks, False)
+            tasks, others = tasks.among(ids), [batch.among(ids) for batch in others]
+            if self._accumulated is not None:
+                rows = self._accumulated.rows_of(ids, len(self.shared) + len(passes.head_params()))
+            if at is None:
+                passes, place = self._parallel.passes(passes, self.gradients.needs(), bool(others))
+            behind = self.shared
         scales, loss_status = self.losses.scales(losses, self._run)
-        seeds = scales if factor is None else scales * factor.to(scales.dtype)
-        units = units_of(factor, scales, rows is not None)
+        own = scales if share is None else scales * share.to(scales.dtype)
+        seeds = own if factor is None else own * factor.to(own.dtype)
+        units = units_of(factor, own, rows is not None)
         learned = self.parameters() if factor is not None else []
         with (
+            GradsSetAside(behind) as of_replicas,
             GradsSetAside(passes.shared) as shared,
             GradsSetAside(passes.head_params()) as heads,
             GradsSetAside(learned) as learned_grads,
@@ -410,8 +503,12 @@ class Balancer:
             step = Step(tasks, ids, losses, scales, seeds, units, rows, retain_graph, shared, heads)
             done = passes.run(step, others)
             status = done.status | loss_status
-            if at is not None:
-                at.pass_on(retain_graph)
+            if place is not None:
+                place.pass_on(retain_graph)
+            if self._parallel is not None:
+                self._parallel.end_step([*passes.head_params(), *(self.shared if at is not None else ())])
+                heads.add_back()
+                of_replicas.add_back()
             if factor is not None:
                 of_rest = passes.status_of(
                     [*passes.head_params(), *(self.shared if at is not None else ())], losses.device
@@ -471,9 +568,13 @@ class Balancer:
             "options": self._options(),
             "losses": self.losses.state_dict(),
             "gradients": self.gradients.state_dict(),
-            "averages": self._passes.averages.rows(),
+            "averages": self._averages(),
             "last": self._last,
         }
+
+    def _averages(self) -> list[Grads]:
+        rows = self._passes.averages.rows()
+        return rows if self._parallel is None else self._parallel.gathered(rows)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restores `state_dict`'s result, from any device; the next step then has the same bits as after the step that
@@ -504,6 +605,8 @@ class Balancer:
             [None if a is None else _copied(a, p.device) for a, p in zip(row, self.shared, strict=True)]
             for row in state["averages"]
         ]
+        if self._parallel is not None:
+            rows = self._parallel.own(rows)
         state = _copied({**state, "averages": []}, self._passes.home)  # the caller's tensors are not ours to write to
         self.losses.load_state_dict(state["losses"])
         self.gradients.load_state_dict(state["gradients"])
@@ -512,6 +615,8 @@ class Balancer:
         self._last = None if state.get("last") is None else tuple(state["last"])
         self._accumulated = None
         self._passes.averages = MovingAverages(rows)
+        if self._parallel is not None:
+            self._parallel.agreed = False
 
     def _options(self) -> list[str]:
         return [repr(self.losses), repr(self.gradients)]
@@ -521,6 +626,14 @@ class Balancer:
             f"Balancer({self.gradients!r}, losses={self.losses!r}, shared={len(self.shared)} tensors, "
             f"heads={self.heads!r}, backend={self.backend!r})"
         )
+
+
+def _check_alone(shared: Sequence[Tensor]) -> None:
+    """See `igb_kernels.distributed.modules.check_alone`."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        from igb_kernels.distributed.modules import check_alone
+
+        check_alone(shared)
 
 
 def _loss_factor(scaler: torch.amp.GradScaler | None, device: torch.device) -> Tensor | None:

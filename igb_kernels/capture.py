@@ -7,6 +7,7 @@ its buffer over without a copy, and it is right also for tied weights and parame
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from copy import copy
 from functools import partial, reduce
 from types import TracebackType
 from typing import Any, cast
@@ -37,6 +38,7 @@ class TaskLosses:
         need_graph: bool = True,
         only: Sequence[int] | None = None,
         tasks: tuple[int, str] | None = None,
+        elsewhere: torch.device | None = None,
     ) -> None:
         """Reads and checks `losses`, which messages call `argument`.
 
@@ -45,7 +47,10 @@ class TaskLosses:
             need_graph: without, there are only names and values.
             only: reads no other tasks than these, which must be there.
             tasks: K and where that is known from, if it is.
+            elsewhere: where the losses are if all of them are missing, since other processes may have some; None: then
+                that is an error.
         """
+        self._elsewhere = elsewhere
         self._argument, self._need_graph, self._only = argument, need_graph, only
         self.names: tuple[str, ...] | None = None
         if isinstance(losses, Mapping):
@@ -63,6 +68,15 @@ class TaskLosses:
             self._read_vector(losses, tasks)
         else:
             self._read_scalars(list(losses), tasks)
+
+    def among(self, ids: Sequence[int]) -> TaskLosses:
+        """The same as those of a step of the tasks `ids`, of which other processes have what is missing here: the
+        passes of these do nothing."""
+        roots = dict(zip(self.ids, self.roots, strict=True))
+        whole = copy(self)
+        whole.roots = [roots.get(k) for k in ids]
+        whole.active = None if len(ids) == self.total else tuple(ids)
+        return whole
 
     def _read_scalars(self, losses: list[Tensor | None], tasks: tuple[int, str] | None) -> None:
         if not losses:
@@ -86,10 +100,13 @@ class TaskLosses:
             ids.append(k)
         self._check_number(len(losses), tasks)
         self._check_there(ids)
-        self.roots: list[Tensor | GradientEdge] = list(scalars)
+        self.roots: list[Tensor | GradientEdge | None] = list(scalars)
+        """Where the passes start; None: no pass."""
         self._alike = all(loss.dim() == 0 and loss.dtype is scalars[0].dtype for loss in scalars)
         with torch.no_grad():
-            if self._alike:
+            if not scalars:
+                self.values = torch.empty(0, device=self._elsewhere)
+            elif self._alike:
                 self.values = torch.stack(scalars)
             else:
                 dtype = reduce(torch.promote_types, (loss.dtype for loss in scalars))
@@ -140,7 +157,7 @@ class TaskLosses:
                 f"{self._argument} must hold the losses of the tasks {[self._name(k) for k in self._only]} as the last "
                 f"step's did, found those of {[self._name(k) for k in ids]}"
             )
-        if not ids:
+        if not ids and self._elsewhere is None:
             rule = "one loss that requires grad" if self._need_graph else "one loss"
             raise ValueError(f"{self._argument} must hold at least {rule}, found {self.total} tasks without")
         if len(ids) < self.total:
@@ -168,9 +185,8 @@ class TaskLosses:
         if self._alike:
             return list(scales.unbind())
         return [
-            scale.to(loss.dtype).reshape(loss.shape)
+            scale.to(loss.dtype).reshape(loss.shape) if isinstance(loss, Tensor) else scale
             for scale, loss in zip(scales.unbind(), self.roots, strict=True)
-            if isinstance(loss, Tensor)
         ]
 
 
@@ -205,12 +221,16 @@ def backward_passes(
     losses: TaskLosses, scales: Tensor, retain_graph: bool, backward: Backward = run_backward
 ) -> list[Callable[[], None]]:
     """The K backward passes, to be run one after the other."""
-    last = len(losses) - 1
+    last = max((k for k, root in enumerate(losses.roots) if root is not None), default=0)
     seeds = losses.seeds(scales.clone())  # a gradient can be a view of its pass's seed, and may be written over
     return [
-        partial(backward, root, seed, retain_graph or k < last)
+        _nothing if root is None else partial(backward, root, seed, retain_graph or k < last)
         for k, (root, seed) in enumerate(zip(losses.roots, seeds, strict=True))
     ]
+
+
+def _nothing() -> None:
+    """The pass of a task that only other processes have."""
 
 
 def task_passes(
@@ -238,8 +258,12 @@ def joint_pass(losses: TaskLosses, scales: Tensor, retain_graph: bool, backward:
     if losses._whole is not None:
         backward(losses._whole, scales, retain_graph)
     else:
-        roots = cast(Sequence[Tensor], losses.roots)  # the stub knows no mixture
-        backward(roots, losses.seeds(scales), retain_graph)
+        there = [
+            (root, seed) for root, seed in zip(losses.roots, losses.seeds(scales), strict=True) if root is not None
+        ]
+        if there:
+            roots, seeds = zip(*there, strict=True)
+            backward(cast(Sequence[Tensor], roots), list(seeds), retain_graph)  # the stub knows no mixture
 
 
 def take_grads(params: Sequence[Tensor], argument: str = "shared", first: int = 0) -> list[Tensor | None]:
@@ -276,8 +300,10 @@ Edge = tuple[Node | None, int]
 """Into a node of a graph: which of its outputs' gradients comes along it."""
 
 
-def edge_of(tensor: Tensor | GradientEdge) -> Edge:
+def edge_of(tensor: Tensor | GradientEdge | None) -> Edge:
     """Along which the tensor's gradient enters its graph."""
+    if tensor is None:
+        return (None, 0)
     return (tensor.node, tensor.output_nr) if isinstance(tensor, GradientEdge) else (tensor.grad_fn, tensor.output_nr)
 
 

@@ -43,8 +43,16 @@ class Capture:
         for run in passes:
             rows.begin()
             run()
-            self._take_all(rows, take_grads(self.params))
+            self._take_all(rows, self.taken(take_grads(self.params)))
             yield
+
+    def add(self, rows: TaskGradients, grads: Grads) -> None:
+        """Puts a row into the store that is there without a pass."""
+        rows.add(self.taken(grads))
+
+    def taken(self, grads: Grads) -> Grads:
+        """What goes into the store, from the gradients of a pass."""
+        return grads
 
     def give_up(self, reason: str) -> None:
         """From now on, takes gradients after each pass, for this reason."""

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from copy import copy
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
 
 from igb_kernels.backends import Backend, resolve
 from igb_kernels.backends.several import SeveralDevices, several_devices
+from igb_kernels.backends.sharded import Sharded
 from igb_kernels.capture import (
     Backward,
     GradsSetAside,
@@ -40,6 +41,33 @@ from igb_kernels.store import (
     Units,
     rows_in_cache,
 )
+
+
+class Place(Protocol):
+    """Where else than at the shared parameters gradients are compared and combined."""
+
+    @property
+    def params(self) -> Sequence[Tensor]:
+        """Leaves in the place of the shared parameters."""
+
+    def pass_on(self, retain_graph: bool) -> None:
+        """Takes what has come to `.grad` of the leaves to that of the shared parameters."""
+
+
+class Processes(Protocol):
+    """Others that take part in a step, each with its own batch; all of them call this in the same order."""
+
+    def total(self, part: Tensor) -> Tensor:
+        """The sum of what each has."""
+
+    def sum_grads(self, params: Sequence[Tensor]) -> None:
+        """Makes `.grad` of the parameters the sum of what each has there."""
+
+
+class Gathering(Place, Protocol):
+    """A place to which the gradients of all processes come."""
+
+    capture: Capture
 
 
 @dataclass(slots=True)
@@ -94,16 +122,24 @@ class Passes:
         """The backend of a model that is on several devices; known from the first step on."""
         self._outgoing: list[Grads] | None = [] if all(p.device.type == "cpu" for p in shared) else None
         self._head_leaves: list[Tensor] = []
+        self._given_heads = False
         self._unreached: set[int] | None = None  # the tasks whose heads are not among them; None: all tasks
         self._backward: Backward = run_backward
+        self.processes: Processes | None = None
+        """With whom the gradients are summed; None: this process is alone."""
+        self._part: Sharded | None = None
+        """The backend for a part of the gradients, of which other processes have the rest."""
 
     def __getstate__(self) -> dict[str, Any]:
         """For copies and pickles: all but what the next step finds or makes anew."""
         outgoing: list[Grads] | None = None if self._outgoing is None else []
-        return {**vars(self), "_head_leaves": [], "_unreached": None, "_outgoing": outgoing}
+        heads = self._head_leaves if self._given_heads else []
+        return {**vars(self), "_head_leaves": heads, "_unreached": None, "_outgoing": outgoing}
 
     @property
     def _run(self) -> Backend:
+        if self._part is not None:
+            return cast(Backend, self._part)
         return self.several or resolve(self.backend, self.shared[0].device.type)
 
     @property
@@ -126,7 +162,7 @@ class Passes:
             self._unreached = set(range(tasks.total))
         elif self._unreached.isdisjoint(tasks.ids):
             return False
-        if self.heads == "scaled":
+        if self.heads == "scaled" and not self._given_heads:
             known = {id(p) for p in [*self.shared, *self._head_leaves]}
             found, _ = leaves(map(edge_of, tasks.roots))
             self._head_leaves += [p for p in found if isinstance(p, nn.Parameter) and id(p) not in known]
@@ -141,14 +177,35 @@ class Passes:
         """The task-specific parameters, as far as they are known."""
         return self.task_parameters or self._head_leaves
 
+    def give_heads(self, params: Sequence[Tensor]) -> None:
+        """Tells the task-specific parameters of all tasks, which are then not looked for."""
+        self._head_leaves, self._given_heads = list(params), True
+
+    def _derived(self) -> Passes:
+        """One that shares everything with this one; copies, as pickles, are without what the next step finds."""
+        passes = Passes.__new__(Passes)
+        vars(passes).update(vars(self))
+        return passes
+
     def at(self, representation: Representation) -> Passes:
         """The same up to the representation, whose gradients take the place of the shared parameters'."""
-        passes = copy(self)
+        passes = self._derived()
         passes.shared, passes.capture, passes._outgoing = representation.params, Capture(representation.params), None
-        if self.heads == "scaled":
+        if self.heads == "scaled" and not self._given_heads:
             passes._head_leaves = representation.heads
         passes._backward = representation.backward
         passes.several = self.several or several_devices(self.backend, self.home, representation.params)
+        if self.processes is not None:  # each has the gradients of its own samples
+            passes._part = Sharded(passes._run, self.processes.total)
+        return passes
+
+    def gathering(self, place: Gathering, *, whole: bool) -> Passes:
+        """The same with the sums of all processes' gradients, of which this one gets its part or the whole."""
+        assert self.processes is not None
+        passes = self._derived()
+        passes.shared, passes.capture, passes._outgoing = place.params, place.capture, None
+        if not whole:
+            passes._part = Sharded(passes._run, self.processes.total)
         return passes
 
     def run(self, step: Step, others: Sequence[TaskLosses]) -> Outcome:
@@ -162,7 +219,7 @@ class Passes:
         if step.rows is None:
             if needs is Needs.NOTHING:
                 return self._joint_pass(step)
-            if needs is Needs.HELD and self.heads == "weighted":
+            if needs is Needs.HELD and (self.heads == "weighted" or self._sends_once):
                 return self._held_pass(step)
         return self._task_passes(step)
 
@@ -184,9 +241,9 @@ class Passes:
     ) -> None:
         """Gradients of shared parameters and, where they are kept, of heads, task by task; `measure` comes next."""
         if step.rows is not None:
-            params = len(self.shared)
+            params = len(self.capture.params)
             for row in step.rows:
-                rows.add(row[:params])
+                self.capture.add(rows, row[:params])
                 if head_rows is not None:
                     head_rows.add(row[params:])
             return
@@ -202,11 +259,13 @@ class Passes:
         return KeptGradients(self.head_params(), self._run, step.units)
 
     def _write_heads(self, step: Step, rows: KeptGradients | None, weights: Tensor) -> None:
-        if rows is None:
-            step.heads.add_back()
-        else:
+        """Puts them into `.grad`; with other processes, those of this one alone, which are to be summed."""
+        alone = self.processes is None
+        if rows is not None:
             own = weights if self.heads == "weighted" else torch.ones_like(weights)
-            rows.write(own, step.heads.previous)
+            rows.write(own, step.heads.previous if alone else [None] * len(rows.params))
+        elif alone:
+            step.heads.add_back()
 
     def _element_passes(self, step: Step) -> Outcome:
         """One pass for each task; then each element of `.grad` from some of the tasks, with weights 1."""
@@ -231,7 +290,7 @@ class Passes:
         for rows, batch in zip(pair, others if len(others) == 2 else (tasks, *others), strict=True):
             backward = run_backward if batch is tasks else into(self.shared)
             for grads in task_passes(batch, step.seeds, self.shared, step.retain_graph, backward=backward):
-                rows.add(grads)
+                rows.add(self.capture.taken(grads))
                 del grads
                 if batch is tasks and head_rows is not None:
                     head_rows.add(take_grads(self.task_parameters, "task_parameters"))
@@ -243,22 +302,33 @@ class Passes:
             self._write_heads(step, head_rows, weights)
         else:
             self._weighted_pass(step, weights)
+            if self.processes is not None:
+                self.processes.sum_grads(self.shared)
             status = status | _bit_unless_finite(self._sq_norm_in_grad(self.shared))
             step.shared.add_back()
-            step.heads.add_back()
+            self._write_heads(step, None, weights)
         return Outcome(weights, status)
 
     def _weighted_pass(self, step: Step, weights: Tensor) -> None:
         """The update by weights known before: one pass, and one for heads that take no weights."""
-        weighted, leaves_of_heads = step.seeds * weights.to(step.seeds.dtype), self._head_leaves
-        if self.heads == "weighted" or not leaves_of_heads:
+        weighted = step.seeds * weights.to(step.seeds.dtype)
+        if self.heads == "weighted":
+            joint_pass(step.tasks, weighted, step.retain_graph)
+        else:
+            self._two_passes(step, weighted)
+
+    def _two_passes(self, step: Step, weighted: Tensor) -> None:
+        """With weighted seeds for the shared parameters, and with the step's for the heads."""
+        if not self._head_leaves:
             joint_pass(step.tasks, weighted, step.retain_graph)
             return
-        joint_pass(step.tasks, weighted, True, into(self.shared))
-        joint_pass(step.tasks, step.seeds, step.retain_graph, into(leaves_of_heads))
+        joint_pass(step.tasks, weighted, True, into(self.capture.params))
+        joint_pass(step.tasks, step.seeds, step.retain_graph, into(self._head_leaves))
 
     def _joint_pass(self, step: Step) -> Outcome:
         """One pass for all tasks, with weights 1; the gradients stay where autograd puts them."""
+        if self._part is not None:
+            return self._joint_part(step)
         joint_pass(step.tasks, step.seeds, step.retain_graph)
         _, status = self.method.solve(self._sq_norm_in_grad(self.shared), step.losses, step.scales, self._run)
         step.shared.add_back()
@@ -266,17 +336,40 @@ class Passes:
         # Of the sum of the gradients it is only known whether it is finite.
         return Outcome(torch.ones_like(step.scales, dtype=torch.float64), status & int(Status.NON_FINITE))
 
+    def _joint_part(self, step: Step) -> Outcome:
+        """As `_joint_pass`, where this process has a part of the gradients."""
+        rows = KeptGradients(self.shared, self._run, Units())
+        one_pass = partial(joint_pass, step.tasks, step.seeds, step.retain_graph)
+        for _ in self.capture.fill(rows, [one_pass], step.ids[:1], None):
+            pass
+        _, status = self.method.solve(rows.sq_norms(), step.losses, step.scales, self._run)
+        rows.write(torch.ones(1, dtype=torch.float64, device=step.losses.device), step.shared.previous)
+        self._write_heads(step, None, step.scales)
+        weights = torch.ones_like(step.scales, dtype=torch.float64)
+        return Outcome(weights, status & int(Status.NON_FINITE))
+
+    @property
+    def _sends_once(self) -> bool:
+        """Whether a second pass, through the heads alone, is worth less than to send every task's gradients."""
+        return self.processes is not None and self._backward is run_backward
+
     def _held_pass(self, step: Step) -> Outcome:
-        """One pass for all tasks, with weights that were known before it."""
+        """One pass for all tasks, with weights that were known before it; and one for heads that take no weights."""
         self._make_previous_plain(step)
         weights, units = self.method.held_weights(), step.units.part(slice(1))  # all rows share their unit
-        joint_pass(step.tasks, step.seeds * weights.to(step.seeds.dtype), step.retain_graph, self._backward)
-        rows, head_rows = (KeptGradients(params, self._run, units) for params in (self.shared, self.task_parameters))
-        rows.add(take_grads(self.shared))
-        head_rows.add(take_grads(self.task_parameters, "task_parameters"))
+        seeds = step.seeds * weights.to(step.seeds.dtype)
+        rows, head_rows = KeptGradients(self.shared, self._run, units), None
+        if self.heads == "weighted":
+            one_pass = partial(joint_pass, step.tasks, seeds, step.retain_graph, self._backward)
+            head_rows = KeptGradients(self.task_parameters, self._run, units)
+        else:
+            one_pass = partial(self._two_passes, step, seeds)
+        for _ in self.capture.fill(rows, [one_pass], step.ids[:1], None):
+            if head_rows is not None:
+                head_rows.add(take_grads(self.task_parameters, "task_parameters"))
         factor, status = self.method.solve_held(rows.sq_norms(), self._run)
         rows.write(factor, step.shared.previous)
-        head_rows.write(factor, step.heads.previous)
+        self._write_heads(step, head_rows, factor)
         return Outcome(weights * factor, status)
 
     def status_of(self, params: Sequence[Tensor], device: torch.device) -> Tensor:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from igb_kernels.backends import Backend, OptionalTensors, Table, captures_graph
 from igb_kernels.backends.several import SeveralDevices
+from igb_kernels.backends.sharded import Sharded
 from igb_kernels.ops import accumulator_dtype
 from igb_kernels.status import Status
 
@@ -93,6 +94,7 @@ class TaskGradients:
         self._tasks = 0
         self._parts: dict[int, Tensor] = {}
         """What was measured of each bucket, by its first parameter."""
+        self._total = backend.total if isinstance(backend, Sharded) else _itself
         # Of several devices, each has its own stream, and all work goes to those on which backward passes end.
         on_gpu = len(params) > 0 and params[0].is_cuda and not isinstance(backend, SeveralDevices)
         self._home = torch.cuda.current_stream(params[0].device) if on_gpu else None
@@ -138,7 +140,7 @@ class TaskGradients:
     def _measured(self, bucket: slice | None, measure: Callable[[slice], Tensor]) -> Tensor:
         """The measure of a bucket, taken once; of None, their sum."""
         if bucket is None:
-            return _sum([self._measured(bucket, measure) for bucket in self.buckets])
+            return self._total(_sum([self._measured(bucket, measure) for bucket in self.buckets]))
         if bucket.start not in self._parts:
             self._parts[bucket.start] = self._to_home(measure(bucket))
         return self._parts[bucket.start]
@@ -209,6 +211,10 @@ class TaskGradients:
                 torch.autograd.graph.increment_version(target)
 
 
+def _itself(measured: Tensor) -> Tensor:
+    return measured
+
+
 def _sum(parts: Sequence[Tensor]) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.stack(list(parts)).sum(dim=0)
 
@@ -231,6 +237,8 @@ class Accumulated:
 
     def followed_by(self, batch: Accumulated) -> Accumulated:
         """With the losses of a batch whose gradients were added to those of its tasks here."""
+        if not batch.ids or not self.ids:  # as where only other processes have losses
+            return batch if batch.ids else self
         if batch.ids == self.ids:
             return Accumulated(self.ids, batch.rows, self.losses + batch.losses)
         ids = sorted({*self.ids, *batch.ids})
@@ -577,7 +585,8 @@ class AveragedGradients(TaskGradients):
                     self._norms_before[bucket.start] = self._norms_of_waiting(bucket)
             rows = slice(self._averaged, self._tasks)
             units = self.units.part(rows)
-            before = units.sq_norms(_sum([self._norms_before[bucket.start] for bucket in self.buckets]))
+            before = self._total(_sum([self._norms_before[bucket.start] for bucket in self.buckets]))
+            before = units.sq_norms(before)
             scales = units.to_rows(self._row_scales(before, self._losses[rows]))
         for bucket in self.buckets:
             if len(self._norms[bucket.start]) == self._batches:
@@ -678,7 +687,7 @@ class RunningSum(TaskGradients):
     def end(self) -> None:
         k = len(self._norms)
         units = self.units.part(slice(k, k + 1))
-        norm = units.sq_norms(_sum([self._parts[bucket.start] for bucket in self.buckets]))
+        norm = units.sq_norms(self._total(_sum([self._parts[bucket.start] for bucket in self.buckets])))
         self._norms.append(norm)
         weight = units.to_rows(self._weight(norm))
         row: Grads = [None] * len(self.params)

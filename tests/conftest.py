@@ -19,7 +19,7 @@ hypothesis.settings.register_profile(
 )
 hypothesis.settings.load_profile("igb_kernels")
 
-BUILDERS = ("cpp", "cuda_kernels", "examples", "gpu", "project", "triton_backend")
+BUILDERS = ("cpp", "cuda_kernels", "distributed", "examples", "gpu", "project", "triton_backend")
 """Folders whose tests share what takes long to make: one process runs each."""
 
 

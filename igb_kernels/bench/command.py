@@ -23,11 +23,13 @@ from igb_kernels.bench.cases import Case, Options, Suite, number
 from igb_kernels.bench.machine import results
 from igb_kernels.bench.measure import COPY, Harness
 from igb_kernels.bench.models import ALL, LONGEST, MODELS
+from igb_kernels.bench.regression import compare
 from igb_kernels.bench.results import Measurement, Results, Rival
+from igb_kernels.bench.scaling import sections as laws
 from igb_kernels.ops import DTYPES, MAX_TASKS
-from igb_kernels.printing import Section, show
+from igb_kernels.printing import Section, plain, show
 
-SUITES = tuple(name for name in ("ops", "solvers", "step", "scaling") if find_spec(f"igb_kernels.bench.{name}"))
+SUITES = ("ops", "solvers", "step", "scaling")
 BY_DEFAULT = tuple(name for name in SUITES if name != "scaling")
 SECONDS = 60.0
 LEAST_SECONDS = 0.02
@@ -74,6 +76,8 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     add("--memory", action="store_true", help="also the peak memory of steps, beyond that of the K backward passes")
     add("--quick", action="store_true", help="small sizes, and the best-known methods")
     add("--save", type=_in_folder(".json"), metavar="PATH.json", help="where to keep the results")
+    add("--baseline", type=Path, action="append", default=[], metavar="PATH.json",
+        help="runs to compare with, by ratios to copy, passes and reference; exit code 1 where slower")  # fmt: skip
     add("--figure", type=_in_folder(*FIGURES), metavar="PATH.png", help="where to draw them; also .svg and .pdf")
 
 
@@ -187,13 +191,16 @@ def _in_folder(*suffixes: str) -> Callable[[str], Path]:
 
 
 def run(given: argparse.Namespace) -> int:
-    """Measures, prints and saves; 1 where our results are wrong."""
+    """Measures, prints and saves; 1 where our results are wrong, or something is slower than in the baseline."""
     try:
         suites, options, remarks = options_of(given)
-    except ValueError as error:
+        baseline = [m for path in given.baseline for m in Results.load(path).measurements]
+    except (OSError, ValueError) as error:
         given.error(str(error))
     if given.figure is not None and find_spec("matplotlib") is None:
         remarks.append("matplotlib is not installed: no figure")
+    if options.device.type == "cuda" and options.device.index is not None:
+        torch.cuda.set_device(options.device)
     harness = Harness(options.device)
     harness.remarks += remarks
     load, cores = os.getloadavg()[0], os.cpu_count() or 1
@@ -207,14 +214,17 @@ def run(given: argparse.Namespace) -> int:
         from igb_kernels.bench.figure import draw
 
         draw(found).savefig(given.figure)
+    compared = compare(baseline, found.measurements) if given.baseline else None
     wrong = [f"{m.name}, K = {m.tasks}, {m.dtype}: {m.note}" for m in found.measurements if m.note]
     if given.json:
         print(found.to_json())
         for remark in [*harness.remarks, *wrong]:
             print(remark, file=sys.stderr)
     else:
-        show(sections(found, harness.remarks))
-    return 1 if wrong else 0
+        show(sections(found, harness.remarks) + laws(found.measurements) + (compared.sections() if compared else []))
+    if compared is not None and given.json:
+        print(plain(compared.sections()), file=sys.stderr)
+    return 1 if wrong or (compared is not None and not compared.right) else 0
 
 
 def measured(cases: Sequence[Case], harness: Harness, seconds: float) -> Iterator[Measurement]:

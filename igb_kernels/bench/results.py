@@ -117,7 +117,10 @@ class Results:
         found = json.loads(path.read_text())
         if not isinstance(found, dict) or found.pop("schema", None) != SCHEMA:
             raise ValueError(f"{path} must be a result of `python -m igb_kernels bench` (schema {SCHEMA})")
-        return Results(**{**found, "measurements": [_measurement(m) for m in found["measurements"]]})
+        try:
+            return Results(**{**found, "measurements": [_measurement(m) for m in found["measurements"]]})
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"{path} is not a whole result of `bench`: {type(error).__name__}: {error}") from error
 
 
 def _measurement(found: dict[str, Any]) -> Measurement:

@@ -506,6 +506,7 @@ class WeightedLossMethod(GradientMethod):
             grads = [
                 torch.autograd.grad(root, tensors, seed, retain_graph=True, allow_unused=True)
                 for root, seed in zip(read.roots, read.seeds(scales), strict=True)
+                if root is not None
             ]
             gram = ops.gram(grads)
             weights, status = method.solve(gram, read.values, scales, _run(gram))

@@ -26,6 +26,13 @@ def test_results_come_back_from_their_file(tmp_path):
     assert measured.of_copy == 0.5
 
 
+@pytest.mark.parametrize("broken", ['{"schema": 1}', '{"schema": 1, "measurements": [{"suite": "ops"}]}'])
+def test_a_broken_file_is_refused(tmp_path, broken):
+    (tmp_path / "r.json").write_text(broken)
+    with pytest.raises(ValueError, match=r"r.json is not a whole result of `bench`: KeyError: '(measurements|rivals)'"):
+        Results.load(tmp_path / "r.json")
+
+
 def test_another_file_is_refused(tmp_path):
     (tmp_path / "other.json").write_text(json.dumps({"benchmarks": []}))
     with pytest.raises(ValueError, match=r"other.json must be a result of `python -m igb_kernels bench`"):

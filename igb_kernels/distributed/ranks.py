@@ -1,0 +1,139 @@
+"""The processes that train together, and what they tell each other in a step."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from igb_kernels.distributed.flat import Flat
+from igb_kernels.store import Grads
+
+
+@dataclass(frozen=True)
+class GlobalLosses:
+    """The losses of the batch that all ranks have together."""
+
+    ids: Sequence[int]
+    """The tasks that some rank has, ascending."""
+    values: Tensor
+    """Means over the ranks that have the task, [A]."""
+    share: Tensor
+    """What one rank's gradient counts in the mean: 1 over the number of ranks that have the task, float64 [A]."""
+
+
+class Ranks:
+    """A process group. Whatever is a collective here is called by all ranks, in the same order."""
+
+    def __init__(self, group: dist.ProcessGroup) -> None:
+        if not isinstance(group, dist.ProcessGroup):
+            raise TypeError(f"process_group must be a torch.distributed.ProcessGroup, found {type(group).__name__}")
+        self.group, self.rank, self.size = group, dist.get_rank(group), dist.get_world_size(group)
+        if self.rank < 0:
+            raise ValueError("process_group must have this process as a member, found that it has not")
+        self.scatters = dist.get_backend(group) != "gloo"
+        """Whether a reduce-scatter sends less than an all-reduce."""
+        self.reached = Reached(self)
+        self._loss_dtype = torch.get_default_dtype()
+        self._averaged: int | None = None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Ranks:
+        return Ranks(self.group)
+
+    def __reduce__(self) -> Any:
+        raise TypeError("a balancer with a process_group cannot be pickled: save its state_dict()")
+
+    def averaged_by_module(self, copies: int) -> None:
+        """Tells that the parameters' module averages gradients over the ranks, and that as many have the same part."""
+        self._averaged = copies
+
+    def total(self, part: Tensor) -> Tensor:
+        """The sum over the ranks, the same bits on all."""
+        whole = part.clone()
+        dist.all_reduce(whole, group=self.group)
+        return whole if self._averaged in (None, 1) else whole / self._averaged
+
+    def losses(self, values: Tensor, ids: Sequence[int], tasks: int) -> GlobalLosses:
+        """From this rank's losses [A] of the tasks `ids`. Waits for the device only where tasks are missing here."""
+        if len(ids):
+            self._loss_dtype = values.dtype
+        both = torch.zeros(2, tasks, dtype=torch.float64, device=values.device)
+        if len(ids) == tasks:
+            both[0].copy_(values)
+            both[1].fill_(1)
+        elif ids:
+            at = torch.tensor(ids, device=values.device)
+            both[0, at] = values.double()
+            both[1, at] = 1
+        dist.all_reduce(both, group=self.group)
+        sums, counts = both
+        if len(ids) < tasks:
+            ids = [k for k, count in enumerate(counts.tolist()) if count]
+            if not ids:
+                raise ValueError(f"losses must hold at least one loss on some rank, found {tasks} tasks without")
+        if len(ids) < tasks:
+            at = torch.tensor(ids, device=values.device)
+            sums, counts = sums[at], counts[at]
+        share = (1 if self._averaged is None else self.size) / counts
+        return GlobalLosses(ids, (sums / counts).to(self._loss_dtype), share)
+
+    def same_everywhere(self, found: dict[str, Any]) -> None:
+        """ValueError on all ranks where one of these differs between them."""
+        everywhere: list[Any] = [None] * self.size
+        dist.all_gather_object(everywhere, found, group=self.group)
+        for name, first in everywhere[0].items():
+            for rank, other in enumerate(everywhere):
+                if other[name] != first:
+                    raise ValueError(
+                        f"{name} must be the same on all ranks, found {first} on 0 and {other[name]} on {rank}"
+                    )
+
+    def from_first(self, state: Any) -> Any:
+        """Rank 0's, of anything that can be pickled."""
+        box = [state]
+        dist.broadcast_object_list(box, src=dist.get_global_rank(self.group, 0), group=self.group)
+        return box[0]
+
+    def sum_grads(self, params: Sequence[Tensor]) -> None:
+        """Makes `.grad` of each parameter the sum over the ranks, where some rank has one; those of DTensors are."""
+        own = [p for p in params if p.requires_grad and not isinstance(p, DTensor)]
+        if not own:
+            return
+        reached = self.reached.of([p.grad is not None for p in own], own[0].device)
+        flat = Flat(own, 1)
+        for p, grad, there in zip(
+            own, flat.like_params(self.sum_flat(flat, [p.grad for p in own])), reached, strict=True
+        ):
+            p.grad = grad if there else None
+        if self._averaged is not None:
+            torch._foreach_div_([p.grad for p in own if p.grad is not None], self.size)
+
+    def sum_flat(self, layout: Flat, grads: Grads) -> list[Tensor]:
+        """The gradients' sums over the ranks in flat buckets."""
+        sent: list[dist.Work | None] = []
+        buffers = layout.pack(grads, lambda b: sent.append(dist.all_reduce(b, group=self.group, async_op=True)))
+        for work in sent:
+            if work is not None:
+                work.wait()
+        return buffers
+
+
+class Reached:
+    """Which parameters get a gradient on any rank. Ranks where all do know it; others wait for the device."""
+
+    def __init__(self, ranks: Ranks) -> None:
+        self._ranks = ranks
+        self._last: tuple[list[bool], Tensor] | None = None
+
+    def of(self, here: list[bool], device: torch.device) -> list[bool]:
+        """By parameter, from whether there is one here."""
+        if self._last is None or self._last[0] != here or self._last[1].device != device:
+            self._last = here, torch.tensor(here, dtype=torch.int32).to(device)
+        counts = self._last[1].clone()
+        dist.all_reduce(counts, group=self._ranks.group)
+        return here if all(here) else [count > 0 for count in counts.tolist()]

@@ -1,0 +1,182 @@
+"""Task gradients of replicas: each rank gets the sums of its shard, and in the end the whole update."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from igb_kernels.capture import take_grads
+from igb_kernels.distributed.flat import Flat
+from igb_kernels.distributed.ranks import Ranks
+from igb_kernels.hooks import Capture, Measure, Pass
+from igb_kernels.ops import accumulator_dtype
+from igb_kernels.store import Grads, TaskGradients
+
+Waiting = list[Callable[[], Any]]
+
+
+class Shards:
+    """This rank's part of the shared parameters' gradients: for each flat bucket of them, one leaf that stands for the
+    rank's shard. Steps are those of a model that has the leaves as its shared parameters; `pass_on` takes what comes to
+    their `.grad` to the parameters of all ranks."""
+
+    def __init__(self, ranks: Ranks, shared: Sequence[Tensor]) -> None:
+        self.ranks, self.shared = ranks, shared
+        self.layout = Flat(shared, ranks.size)
+        self.params = [
+            torch.empty(1, dtype=b.dtype, device=b.device).expand(b.size // ranks.size).requires_grad_()
+            for b in self.layout.buckets
+        ]
+        self.capture: Capture = ShardedCapture(self)
+        self.reached = [False] * len(shared)
+        """Whether any pass of the step has come to the parameter, on this rank."""
+        self._buffers: list[list[Tensor]] = []
+
+    def send(self, grads: Grads) -> tuple[list[Tensor], Waiting]:
+        """Sends a row of gradients of this rank's; its shard of their sums, which is there when all have been waited
+        for."""
+        self.reached = [was or grad is not None for was, grad in zip(self.reached, grads, strict=True)]
+        own: list[Tensor] = []
+        waiting: Waiting = []
+
+        def scatter(buffer: Tensor) -> None:
+            shard, wait = _reduce_scatter(self.ranks, buffer)
+            own.append(shard)
+            waiting.append(wait)
+
+        buffers = self.layout.pack(grads, scatter, self._buffers.pop() if self._buffers else None)
+        waiting.append(lambda: self._buffers.append(buffers))
+        return own, waiting
+
+    def pass_on(self, retain_graph: bool) -> None:
+        """Makes `.grad` of the shared parameters the whole update, where some rank's passes reached them."""
+        reached = self.ranks.reached.of(self.reached, self.shared[0].device)
+        self.reached = [False] * len(self.shared)
+        self._buffers.clear()
+        whole = self.layout.like_params(self._whole([p.grad for p in self.params]))
+        for p in self.params:
+            p.grad = None
+        for p, grad, there in zip(self.shared, whole, reached, strict=True):
+            p.grad = grad if there and p.requires_grad else None
+
+    def _whole(self, shards: Grads) -> list[Tensor]:
+        """The flat buckets of which every rank has its shard; None is one of zeros."""
+        buffers, waiting = [], []
+        for bucket, shard in zip(self.layout.buckets, shards, strict=True):
+            buffer = torch.empty(
+                bucket.size, dtype=bucket.dtype if shard is None else shard.dtype, device=bucket.device
+            )
+            own = buffer.new_zeros(bucket.size // self.ranks.size) if shard is None else shard
+            waiting.append(dist.all_gather_into_tensor(buffer, own, group=self.ranks.group, async_op=True))
+            buffers.append(buffer)
+        for work in waiting:
+            if work is not None:
+                work.wait()
+        return buffers
+
+    # ---- What is kept between steps: sharded here, in the parameters' shapes where it is saved -------------------
+
+    def gathered(self, row: Grads) -> Grads:
+        """A task's moving averages in the parameters' shapes, from every rank's shards; None if there are none yet."""
+        if all(t is None for t in row):
+            return [None] * len(self.shared)
+        return list(self.layout.like_params(self._whole(row)))
+
+    def own(self, row: Grads) -> Grads:
+        """This rank's shards of a task's moving averages in the parameters' shapes."""
+        there = [t for t in row if t is not None]
+        if not there:
+            return [None] * len(self.params)
+        buffers = self.layout.empty([accumulator_dtype(bucket.dtype) for bucket in self.layout.buckets])
+        size = [len(buffer) // self.ranks.size for buffer in self.layout.pack(row, buffers=buffers)]
+        return [b[self.ranks.rank * n :][:n].clone() for b, n in zip(buffers, size, strict=True)]
+
+
+def _reduce_scatter(ranks: Ranks, buffer: Tensor) -> tuple[Tensor, Callable[[], Any]]:
+    """This rank's shard of the buffers' sum over the ranks, and what waits for it."""
+    size = len(buffer) // ranks.size
+    if ranks.scatters:
+        shard = buffer.new_empty(size)
+        work = dist.reduce_scatter_tensor(shard, buffer, group=ranks.group, async_op=True)
+        return shard, work.wait
+    # Gloo would send as much as for an all-reduce. So each rank gets all others' parts of its shard, and sums them.
+    parts = torch.empty_like(buffer)
+    work = dist.all_to_all_single(parts, buffer, group=ranks.group, async_op=True)
+    shard = buffer.new_empty(size)
+
+    def wait() -> None:
+        work.wait()
+        torch.sum(parts.view(ranks.size, size), dim=0, out=shard)
+
+    return shard, wait
+
+
+class ShardedCapture(Capture):
+    """After each pass its gradients are sent, and while the next one runs they are on their way."""
+
+    def __init__(self, shards: Shards) -> None:
+        super().__init__(shards.shared)
+        self._shards = shards
+
+    def fill(
+        self, rows: TaskGradients, passes: Sequence[Pass], tasks: Sequence[int], measure: Measure | None
+    ) -> Iterator[None]:
+        """As in the base class, but what was sent last is in the store only when all passes have run."""
+        sent: tuple[list[Tensor], Waiting] | None = None
+        for run in passes:
+            run()
+            sent, before = self._shards.send(take_grads(self.params)), sent
+            self._store(rows, before)
+            yield
+        self._store(rows, sent)
+
+    def add(self, rows: TaskGradients, grads: Grads) -> None:
+        """As in the base class."""
+        self._store(rows, self._shards.send(grads))
+
+    def _store(self, rows: TaskGradients, sent: tuple[list[Tensor], Waiting] | None) -> None:
+        if sent is not None:
+            shards, waiting = sent
+            for wait in waiting:
+                wait()
+            rows.add(list(shards))
+
+
+class Replicas:
+    """The whole of the task gradients' sums on every rank, for methods that choose elements or compare batches: twice
+    as much to send, and every rank does the same work."""
+
+    def __init__(self, ranks: Ranks, shared: Sequence[Tensor]) -> None:
+        self.ranks, self.params = ranks, shared
+        self.layout = Flat(shared, 1)
+        self.capture: Capture = ReplicatedCapture(self)
+        self.reached = [False] * len(shared)
+
+    def summed(self, grads: Grads) -> Grads:
+        """A row's sums over the ranks; those that no rank has are 0."""
+        self.reached = [was or grad is not None for was, grad in zip(self.reached, grads, strict=True)]
+        return list(self.layout.like_params(self.ranks.sum_flat(self.layout, grads)))
+
+    def pass_on(self, retain_graph: bool) -> None:
+        """Leaves `.grad` where some rank's passes have come."""
+        reached = self.ranks.reached.of(self.reached, self.params[0].device)
+        self.reached = [False] * len(self.params)
+        for p, there in zip(self.params, reached, strict=True):
+            if not there:
+                p.grad = None
+
+
+class ReplicatedCapture(Capture):
+    """After each pass, its gradients are summed over the ranks."""
+
+    def __init__(self, replicas: Replicas) -> None:
+        super().__init__(replicas.params)
+        self._replicas = replicas
+
+    def taken(self, grads: Grads) -> Grads:
+        """As in the base class."""
+        return self._replicas.summed(grads)
