@@ -13,6 +13,7 @@ from igb_kernels.bench import eager, loops, step
 from igb_kernels.bench.cases import Options
 from igb_kernels.bench.measure import Harness
 from igb_kernels.bench.models import MODELS, SMALL, Model
+from igb_kernels.bench.results import Timing
 
 from .tiny import tiny
 
@@ -60,6 +61,7 @@ def test_libraries_are_compared_with_their_forward_pass():
     assert peer.note == "forward pass included in both; igb_v1 in plain PyTorch before"
     assert ours.speed_up == pytest.approx(ours.timing.ms / found.timing.ms)
     assert "passes" in found.rivals
+    assert Timing.of(harness.rounds) == found.timing
 
 
 def test_nothing_is_faster_that_comes_to_something_else(monkeypatch):
@@ -109,6 +111,18 @@ def test_libraries_take_every_kind_of_model(name, library):
         assert angle(tiny(name), "igb_v1+imtl_g", library) < step.ANGLE
     except loops.NotThere as reason:
         pytest.skip(str(reason))
+
+
+@pytest.mark.parametrize(("library", "rule"), [("torchjd", "igb_v1"), ("torchjd", "log"), ("libmtl", "log")])
+def test_losses_are_balanced_before_other_libraries_balance_gradients(library, rule):
+    task = tiny("mlp-33k")
+    task.targets = [torch.tensor(target) for target in (1.0, 3.0, 0.3)]
+    try:
+        assert angle(task, f"{rule}+cagrad", library) < step.ANGLE
+    except loops.NotThere as reason:
+        pytest.skip(str(reason))
+    whole = step.WholeStep(task, f"{rule}+cagrad")
+    assert whole.angle(step.WholeStep(task, "cagrad").of_library(library).call) > step.ANGLE
 
 
 @pytest.mark.parametrize("method", ["imtl_g", "mgda", "cagrad", "db_mtl", "nash_mtl", "upgrad"])
