@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -73,10 +74,34 @@ class Ranks:
         backends = dict(one.split(":") for one in dist.get_backend_config(self.group).split(","))
         return backends.get(device.type) != "gloo"
 
+    def begin(self, collective: Callable[..., Any], *tensors: Tensor) -> Callable[[], None]:
+        """Starts it; what waits for it."""
+        with self._answered():
+            work = collective(*tensors, group=self.group, async_op=True)
+
+        def wait() -> None:
+            if work is not None:
+                with self._answered():
+                    work.wait()
+
+        return wait
+
+    @contextmanager
+    def _answered(self) -> Iterator[None]:
+        """Says what it means where a collective fails."""
+        try:
+            yield
+        except RuntimeError as error:
+            reason = str(error).partition("\n")[0]
+            raise RuntimeError(
+                f"rank {self.rank} of {self.size} waits in vain for another one, which has ended, hangs, or has left "
+                f"the step with an error of its own ({reason})"
+            ) from error
+
     def total(self, part: Tensor) -> Tensor:
         """The sum over the ranks, the same bits on all."""
         whole = part.clone()
-        dist.all_reduce(whole, group=self.group)
+        self.begin(dist.all_reduce, whole)()
         return whole
 
     def losses(self, values: Tensor, ids: Sequence[int], tasks: int) -> GlobalLosses:
@@ -91,7 +116,7 @@ class Ranks:
             at = torch.tensor(ids, device=values.device)
             both[0, at] = values.double()
             both[1, at] = 1
-        dist.all_reduce(both, group=self.group)
+        self.begin(dist.all_reduce, both)()
         sums, counts = both
         if len(ids) < tasks:
             ids = [k for k, count in enumerate(counts.tolist()) if count]
@@ -106,7 +131,8 @@ class Ranks:
     def same_everywhere(self, found: dict[str, Any]) -> None:
         """ValueError on all ranks where one of these differs between them."""
         everywhere: list[Any] = [None] * self.size
-        dist.all_gather_object(everywhere, found, group=self.group)
+        with self._answered():
+            dist.all_gather_object(everywhere, found, group=self.group)
         for name, first in everywhere[0].items():
             for rank, other in enumerate(everywhere):
                 if other[name] != first:
@@ -117,7 +143,8 @@ class Ranks:
     def from_first(self, state: Any) -> Any:
         """Rank 0's, of anything that can be pickled."""
         box = [state]
-        dist.broadcast_object_list(box, src=dist.get_global_rank(self.group, 0), group=self.group)
+        with self._answered():
+            dist.broadcast_object_list(box, src=dist.get_global_rank(self.group, 0), group=self.group)
         return box[0]
 
     def sum_grads(self, params: Sequence[Tensor]) -> None:
@@ -136,11 +163,10 @@ class Ranks:
 
     def sum_flat(self, layout: Flat, grads: Grads) -> list[Tensor]:
         """The gradients' sums over the ranks in flat buckets."""
-        sent: list[dist.Work | None] = []
-        buffers = layout.pack(grads, lambda b: sent.append(dist.all_reduce(b, group=self.group, async_op=True)))
-        for work in sent:
-            if work is not None:
-                work.wait()
+        sent: list[Callable[[], None]] = []
+        buffers = layout.pack(grads, lambda buffer: sent.append(self.begin(dist.all_reduce, buffer)))
+        for wait in sent:
+            wait()
         return buffers
 
 
@@ -156,8 +182,8 @@ class Reached:
         if self._last is None or self._last[0] != here or self._last[1].device != device:
             self._last = here, torch.tensor(here, dtype=torch.int32).to(device)
         counts = self._last[1].clone()
-        work = dist.all_reduce(counts, group=self._ranks.group, async_op=True)
+        wait = self._ranks.begin(dist.all_reduce, counts)
         if all(here) and not counts.is_cuda:  # others may have to wait for it
             return here
-        work.wait()
+        wait()
         return here if all(here) else [count > 0 for count in counts.tolist()]

@@ -83,11 +83,10 @@ class Shards:
                 bucket.size, dtype=bucket.dtype if shard is None else shard.dtype, device=bucket.device
             )
             own = buffer.new_zeros(bucket.size // self.ranks.size) if shard is None else shard
-            waiting.append(all_gather(buffer, own, group=self.ranks.group, async_op=True))
+            waiting.append(self.ranks.begin(all_gather, buffer, own))
             buffers.append(buffer)
-        for work in waiting:
-            if work is not None:
-                work.wait()
+        for wait in waiting:
+            wait()
         return buffers
 
     # ---- What is kept between steps: sharded here, in the parameters' shapes where it is saved -------------------
@@ -113,13 +112,12 @@ def _reduce_scatter(ranks: Ranks, buffer: Tensor, parts: Tensor | None) -> tuple
     size = len(buffer) // ranks.size
     shard = buffer.new_empty(size)
     if parts is None:
-        work = reduce_scatter(shard, buffer, group=ranks.group, async_op=True)
-        return shard, work.wait
+        return shard, ranks.begin(reduce_scatter, shard, buffer)
     # Gloo would send as much as for an all-reduce. So each rank gets all others' parts of its shard, and sums them.
-    work = dist.all_to_all_single(parts, buffer, group=ranks.group, async_op=True)
+    received = ranks.begin(dist.all_to_all_single, parts, buffer)
 
     def wait() -> None:
-        work.wait()
+        received()
         torch.sum(parts.view(ranks.size, size), dim=0, out=shard)
 
     return shard, wait

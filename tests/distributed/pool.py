@@ -60,6 +60,21 @@ class Pool:
             raise AssertionError("\n".join(errors))
         return [value for _, value in found]
 
+    def answers(self, function: Callable[..., Any], *arguments: Any) -> list[Any]:
+        """As `run`, with None for ranks that have died."""
+        for pipe in self._pipes:
+            pipe.send((function, arguments))
+        found: list[Any] = []
+        for pipe in self._pipes:
+            try:
+                found.append(pipe.recv()[1] if pipe.poll(LIMIT) else None)
+            except EOFError:
+                found.append(None)
+        for process, answer in zip(self.processes, found, strict=True):
+            if answer is None:
+                process.join(LIMIT)
+        return found
+
     def close(self) -> None:
         for process in self.processes:
             process.kill()
