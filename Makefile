@@ -1,5 +1,6 @@
 # Everything starts from a bare checkout: each target first makes .venv with what it needs.
-#   make demo    train on QM9 (METHOD=igb_v2+db_mtl names what to compare, ARGS="--epochs 5" passes flags on)
+#   make demo    train on QM9 (METHOD=igb_v2+db_mtl names what to compare, RANKS=2 makes two processes share each batch,
+#                ARGS="--epochs 5" passes flags on)
 #   make test    lint, types, C++ and Python tests
 #   make bench   benchmarks against PyTorch and the copy floor
 #   make build   rebuild the compiled module in place after a change in csrc
@@ -16,12 +17,14 @@ WORKERS ?= 2
 demo test bench build: export CUDAARCHS ?= 90
 test build: export CUDAFLAGS ?= -Werror=all-warnings
 METHOD ?=
+RANKS ?=
 RESULTS ?= benchmarks/results/latest.json
 
 .PHONY: demo test bench build lint clean gpu-check
 
 demo: $(VENV)/demo $(if $(findstring igb_v2,$(METHOD) $(ARGS)),$(VENV)/igbv2)
-	$(PY) examples/qm9/train.py $(if $(METHOD),--methods equal $(filter-out equal,$(METHOD))) $(ARGS)
+	$(PY) $(if $(RANKS),-m torch.distributed.run --standalone --nproc-per-node $(RANKS)) examples/qm9/train.py \
+		$(if $(METHOD),--methods equal $(filter-out equal,$(METHOD))) $(ARGS)
 
 # One thread for each process: more get into each other's way. The tests of threads ask for theirs.
 test: build lint

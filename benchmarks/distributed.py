@@ -310,6 +310,7 @@ def counted(
 
 ALL_REDUCES, OVERLAPPED = "K all-reduces", "K all-reduces, overlapped"
 DDP, BARE = "DDP, sum of losses", "K bare passes"
+RIVALS = (ALL_REDUCES, OVERLAPPED, DDP, BARE)
 
 
 def timed(
@@ -324,6 +325,7 @@ def timed(
             OVERLAPPED: all_reduces(task_of(build, tasks), method, overlapped=True),
             DDP: plain_ddp(task_of(build, tasks)),
             BARE: bare_passes(task_of(build, tasks)),
+            **calibrations(task),
         }
         for name in ("ours", ALL_REDUCES):
             steps[name]()
@@ -422,19 +424,27 @@ def predicted(scheme: str, sizes: Sizes, costs: Costs, passes: float) -> float:
     return wire + crowd * (passes + local * costs.touched)
 
 
-def calibrated(rank: int, row: int, rounds: int) -> Costs:
-    """From messages and copies alone; `row` is in bytes."""
-    small, large = torch.zeros(1), torch.zeros(row // 4)
-    own, other = large[: len(large) // dist.get_world_size()].clone(), torch.zeros_like(large)
-    parts = {
-        "small": lambda: dist.all_reduce(small),
-        "gather": lambda: all_gather(large[: len(own) * dist.get_world_size()], own),
-        "copy": lambda: other.copy_(large),
+SMALL_MESSAGE, GATHER, COPY = "all-reduce of one number", "all-gather of a row", "copy of a row"
+
+
+def calibrations(task: MultiTask) -> dict[str, Step]:
+    """Messages and copies by themselves, for a model of steps."""
+    ranks = dist.get_world_size()
+    number, own = torch.zeros(1), torch.zeros(sum(p.numel() for p in task.shared) // ranks)
+    row = torch.zeros(ranks * len(own))
+    other = torch.zeros_like(row)
+    return {
+        SMALL_MESSAGE: lambda: dist.all_reduce(number),
+        GATHER: lambda: all_gather(row, own),
+        COPY: lambda: other.copy_(row),
     }
-    seconds = {name: statistics.median(times) for name, times in _in_turns(parts, rounds).items()}
-    hop = seconds["small"] / (2 * math.ceil(math.log2(dist.get_world_size())))
-    sent = (seconds["gather"] - hop) / (row * (1 - 1 / dist.get_world_size()))
-    return Costs(hop, sent, seconds["copy"] / (2 * row), os.cpu_count())
+
+
+def costs_of(ms: dict[str, dict[str, float]], ranks: int, row: int) -> Costs:
+    """From the calibrations' times on as many ranks."""
+    small, gather, copy = (ms[name]["ms"] / 1e3 for name in (SMALL_MESSAGE, GATHER, COPY))
+    hop = small / (2 * math.ceil(math.log2(ranks)))
+    return Costs(hop, (gather - (ranks - 1) * hop) / (row * (1 - 1 / ranks)), copy / (2 * row), os.cpu_count())
 
 
 # ---- The command --------------------------------------------------------------------------------------------------
@@ -465,7 +475,7 @@ def time_steps(
     ranks: Sequence[int], tasks: Sequence[int], methods: Sequence[str], model: str, rounds: int
 ) -> list[dict[str, Any]]:
     rows = []
-    print(f"\n| N, K | method | ours, ms | ours / {' | ours / '.join((ALL_REDUCES, OVERLAPPED, DDP, BARE))} |")
+    print(f"\n| N, K | method | ours, ms | ours / {' | ours / '.join(RIVALS)} |")
     print("|---|---|---|---|---|---|---|")
     for N in ranks:
         for K in tasks:
@@ -474,7 +484,7 @@ def time_steps(
                 ratios = {
                     name: statistics.median(a / b for a, b in zip(own, other, strict=True))
                     for name, other in seconds.items()
-                    if name != "ours"
+                    if name in RIVALS
                 }
                 rows.append(
                     {
@@ -490,22 +500,18 @@ def time_steps(
     return rows
 
 
-def check_model(timings: Sequence[dict[str, Any]], model: str, rounds: int) -> dict[str, Any]:
-    """What the model makes of costs that were measured on two ranks, against the steps' times."""
+def check_model(timings: Sequence[dict[str, Any]], model: str) -> list[dict[str, Any]]:
+    """What the model makes of passes, messages and copies on the fewest ranks, against the steps' times on all."""
     task = built(model, 1)
     row = sum(p.nbytes for p in task.shared)
-    costs = on_ranks(2, calibrated, row, rounds)[0]
-    print(
-        f"\nTwo ranks: {1e6 * costs.hop:.0f} us a hop, {1e-9 / costs.sent:.2f} GB/s sent by each, "
-        f"{1e-9 / costs.touched:.1f} GB/s of memory touched by each"
-    )
-    print("\n| N, K | scheme | measured, ms | model, ms | model's error |\n|---|---|---|---|---|")
     rows = []
+    print("\n| N, K | scheme | measured, ms | model, ms | model's error |\n|---|---|---|---|---|")
     for timing in timings:
         N, K, ms = timing["ranks"], timing["tasks"], timing["ms"]
-        if timing["method"] != "igb_v1+nash_mtl":
+        base = next(t for t in timings if (t["tasks"], t["method"]) == (K, timing["method"]))
+        if timing["method"] != timings[0]["method"]:
             continue
-        base = next((t for t in timings if (t["ranks"], t["tasks"]) == (2, K)), timing)
+        costs = costs_of(base["ms"], base["ranks"], row)
         passes = base["ms"][BARE]["ms"] / 1e3 / costs.crowd(base["ranks"])
         sizes = Sizes(N, K, row, K * sum(p.nbytes for p in task.heads.parameters()))
         for scheme in ("ours", ALL_REDUCES):
@@ -513,7 +519,11 @@ def check_model(timings: Sequence[dict[str, Any]], model: str, rounds: int) -> d
             error = expected / found - 1
             rows.append({"ranks": N, "tasks": K, "scheme": scheme, "ms": found, "model_ms": expected, "error": error})
             print(f"| {N}, {K} | {scheme} | {found:.0f} | {expected:.0f} | {error:+.0%} |", flush=True)
-    return {"costs": asdict(costs), "steps": rows}
+    print(
+        f"\nWith {base['ranks']} ranks: {1e6 * costs.hop:.0f} us a hop, {1e-9 / costs.sent:.2f} GB/s sent and "
+        f"{1e-9 / costs.touched:.1f} GB/s of memory touched by each"
+    )
+    return rows
 
 
 def plan(ranks: Sequence[int], tasks: Sequence[int], params: float, hop: float, link: float, pass_: float) -> None:
@@ -558,7 +568,7 @@ def main() -> None:
         first, *more = options.ranks
         saved["times"] = time_steps([first], options.tasks, options.methods, options.model, options.rounds)
         saved["times"] += time_steps(more, options.tasks, options.methods[:1], options.model, options.rounds)
-        saved["model"] = check_model(saved["times"], options.model, options.rounds)
+        saved["model"] = check_model(saved["times"], options.model)
     if options.json:
         about = {
             "machine": machine(),

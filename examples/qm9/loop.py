@@ -13,6 +13,7 @@ from data import Split
 from graphs import Graphs
 from models import MultiTaskModel
 from numpy.typing import NDArray
+from ranks import ALONE, Ranks
 from torch import Tensor
 
 import igb_kernels as igb
@@ -31,6 +32,7 @@ class Run:
     balancer: igb.Balancer
     optimizer: torch.optim.Optimizer
     planned_steps: int
+    ranks: Ranks = ALONE
     losses: Tensor = field(default_factory=lambda: torch.empty(0))  # (steps, K) raw losses
     weights: Tensor = field(default_factory=lambda: torch.empty(0))  # (steps, K) on the raw losses' gradients
     status: int = 0  # bits of igb.Status that came up in any step
@@ -61,14 +63,14 @@ def epoch_batches(train: Tensor, batch_size: int, generator: torch.Generator) ->
     return list(torch.split(order, batch_size)[: len(train) // batch_size])
 
 
-def mean_absolute_errors(model: MultiTaskModel, graphs: Graphs, molecules: Tensor) -> Tensor:
-    """(K,) on standardised targets."""
+def mean_absolute_errors(model: MultiTaskModel, graphs: Graphs, molecules: Tensor, ranks: Ranks) -> Tensor:
+    """(K,) on standardised targets; each rank predicts its part of the molecules."""
     total = torch.zeros(graphs.targets.shape[1], device=graphs.targets.device)
     with torch.no_grad():
-        for chunk in torch.split(molecules, EVALUATION_BATCH):
+        for chunk in torch.split(ranks.part(molecules), EVALUATION_BATCH):
             batch = graphs.batch(chunk)
             total += (torch.stack(model(batch), dim=1) - batch.targets).abs().sum(dim=0)
-    return total / len(molecules)
+    return ranks.total(total) / len(molecules)
 
 
 def train(
@@ -96,7 +98,7 @@ def train(
         while len(losses_seen) < run.planned_steps:
             for chosen in epoch_batches(molecules, batch_size, generator)[: run.planned_steps - len(losses_seen)]:
                 run.optimizer.zero_grad()
-                result = run.balancer.backward(run.model.losses(graphs.batch(chosen)))
+                result = run.balancer.backward(run.model.losses(graphs.batch(run.ranks.part(chosen))))
                 run.optimizer.step()
                 scheduler.step()
                 losses_seen.append(result.losses.detach())
@@ -106,7 +108,7 @@ def train(
                 shown = steps % SHOW_EVERY == 0 or steps == run.planned_steps
                 on_step(steps, float(result.losses.mean()) if shown else None)
             run.balancer.end_epoch()
-            error = float(mean_absolute_errors(run.model, graphs, held_out).mean())
+            error = float(mean_absolute_errors(run.model, graphs, held_out, run.ranks).mean())
             run.val_errors.append(error)
             if error < best:
                 best = error
@@ -123,7 +125,8 @@ def train(
 
 def test(run: Run, graphs: Graphs, split: Split, std: NDArray[np.float64]) -> None:
     molecules = torch.from_numpy(split.test).to(graphs.targets.device)
-    run.test_mae = mean_absolute_errors(run.model, graphs, molecules).cpu().numpy().astype(np.float64) * std
+    errors = mean_absolute_errors(run.model, graphs, molecules, run.ranks)
+    run.test_mae = errors.cpu().numpy().astype(np.float64) * std
 
 
 def delta_m(mae: NDArray[np.float64], baseline: NDArray[np.float64]) -> float:

@@ -44,6 +44,7 @@ def write(
             "igb_kernels": igb.__version__,
             "backend": backend_used(args.backend, args.device),
             "python": platform.python_version(),
+            "ranks": runs[0].ranks.size,
         },
         "molecules": {"all": len(molecules), "train": len(split.train), "val": len(split.val), "test": len(split.test)},
         "units": {target.name: target.unit for target in TARGETS},

@@ -12,6 +12,7 @@ import torch
 from data import TARGETS, Molecules, Split
 from loop import Run, delta_m
 from numpy.typing import NDArray
+from ranks import Ranks
 from rich.console import Console
 from rich.table import Table
 from timing import StepTime
@@ -50,7 +51,7 @@ def test_errors(run: Run) -> NDArray[np.float64]:
     return run.test_mae
 
 
-def print_environment(console: Console, args: argparse.Namespace) -> None:
+def print_environment(console: Console, args: argparse.Namespace, ranks: Ranks) -> None:
     used = backend_used(args.backend, args.device)
     detail = igb.backends().get(used)
     console.print(
@@ -59,6 +60,11 @@ def print_environment(console: Console, args: argparse.Namespace) -> None:
         f"backend  {used}{f', {detail}' if detail else ''}",
         highlight=False,
     )
+    if ranks.group is not None:
+        console.print(
+            f"ranks    {ranks.size}, each with {args.batch_size // ranks.size} of {args.batch_size} molecules a step",
+            highlight=False,
+        )
 
 
 def print_data(

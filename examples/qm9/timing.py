@@ -55,14 +55,16 @@ def time_step(run: Run, graphs: Graphs, batches: list[Tensor], backend: str) -> 
     clock = _Clock(graphs.targets.device)
     balancers = []
     for name in (backend, "reference"):
-        balancer = igb.Balancer(run.method, shared=model.encoder.parameters(), backend=name)
+        balancer = igb.Balancer(
+            run.method, shared=model.encoder.parameters(), backend=name, process_group=run.ranks.group
+        )
         balancer.load_state_dict(copy.deepcopy(run.balancer.state_dict()))
         balancers.append(balancer)
     single_pass = run.balancer.gradients.name == "equal"
     rows = []
     for round_, chosen in enumerate(batches):
         start = clock.now()
-        batch = graphs.batch(chosen)
+        batch = graphs.batch(run.ranks.part(chosen))
         row = {"batch": clock.now() - start}
         turns = ["bare", "balanced", "reference"]
         for turn in turns[round_ % 3 :] + turns[: round_ % 3]:

@@ -15,6 +15,7 @@ import torch
 from cli import parse_arguments
 from loop import Run, epoch_batches, test, train
 from models import build_model
+from ranks import ALONE, Ranks, joined, own_device
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import (
@@ -34,12 +35,20 @@ import igb_kernels as igb
 BETA2 = 0.99
 
 
-def new_run(method: str, args: argparse.Namespace, steps: int, tasks: Sequence[str] = data.TARGET_NAMES) -> Run:
-    """The method's model, balancer and optimizer; every method starts from the same parameters."""
+def new_run(
+    method: str,
+    args: argparse.Namespace,
+    steps: int,
+    tasks: Sequence[str] = data.TARGET_NAMES,
+    ranks: Ranks = ALONE,
+) -> Run:
+    """The method's model, balancer and optimizer; every method, on every rank, starts from the same parameters."""
     torch.manual_seed(args.seed)
     model = build_model(args.encoder, tasks).to(args.device)
     try:
-        balancer = igb.Balancer(method, shared=model.encoder.parameters(), backend=args.backend)
+        balancer = igb.Balancer(
+            method, shared=model.encoder.parameters(), backend=args.backend, process_group=ranks.group
+        )
     except (ValueError, TypeError) as error:
         raise ValueError(f"--methods must name methods of igb_kernels.Balancer; found {method!r}: {error}") from None
     # One momentum each: DB-MTL averages the shared parameters' gradients over steps by itself, and Adam's average
@@ -52,14 +61,20 @@ def new_run(method: str, args: argparse.Namespace, steps: int, tasks: Sequence[s
         ],
         lr=args.lr,
     )
-    return Run(method, model, balancer, optimizer, steps)
+    return Run(method, model, balancer, optimizer, steps, ranks)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = parse_arguments(argv)
-    console = Console()
+    args.device = own_device(args.device)
+    with joined(args.device) as ranks:
+        return run_on(ranks, args)
+
+
+def run_on(ranks: Ranks, args: argparse.Namespace) -> int:
+    console = Console(quiet=ranks.rank > 0)
     try:
-        return run_all(args, console)
+        return run_all(args, console, ranks)
     except (ValueError, FileNotFoundError, ImportError) as error:
         console.print(f"[bold red]error:[/] {escape(str(error))}", highlight=False)
         return 2
@@ -68,19 +83,21 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
 
 
-def run_all(args: argparse.Namespace, console: Console) -> int:
+def run_all(args: argparse.Namespace, console: Console, ranks: Ranks) -> int:
     start = time.perf_counter()
     torch.set_num_threads(args.threads)
-    tables.print_environment(console, args)
+    tables.print_environment(console, args, ranks)
     molecules = data.load(args.data, args.molecules, args.seed)
     split = data.split(len(molecules), args.seed)
     if len(split.train) < args.batch_size:
         raise ValueError(
             f"--batch-size must be at most the {len(split.train)} training molecules; found {args.batch_size}"
         )
+    if args.batch_size % ranks.size:
+        raise ValueError(f"--batch-size must be a multiple of the {ranks.size} ranks; found {args.batch_size}")
     steps_per_epoch = len(split.train) // args.batch_size
     steps = args.steps or args.epochs * steps_per_epoch
-    runs = [new_run(method, args, steps) for method in args.methods]
+    runs = [new_run(method, args, steps, ranks=ranks) for method in args.methods]
     encoder = runs[0].model.encoder
     collated = graphs.build(molecules, split.train, encoder.cutoff, encoder.needs_bonds).to(args.device)
     mean, std = data.standardisation(molecules.targets, split.train)
@@ -103,7 +120,7 @@ def run_all(args: argparse.Namespace, console: Console) -> int:
     if times:
         tables.print_times(console, runs, times)
     seconds = time.perf_counter() - start
-    files = report.write(args, molecules, split, runs, mean_mae, times, seconds)
+    files = report.write(args, molecules, split, runs, mean_mae, times, seconds) if ranks.rank == 0 else []
     console.print(f"\n{'interrupted' if interrupted else 'finished'} after {seconds:.0f} s; files:", highlight=False)
     for file in files:
         console.print(f"  {file}", highlight=False, soft_wrap=True)
@@ -113,7 +130,8 @@ def run_all(args: argparse.Namespace, console: Console) -> int:
 def train_all(
     runs: Sequence[Run], collated: graphs.Graphs, split: data.Split, args: argparse.Namespace, console: Console
 ) -> bool:
-    """Trains the runs one after the other; True if Ctrl-C ended that early."""
+    """Trains the runs one after the other; True if Ctrl-C ended that early. Ranks that it ends at different steps have
+    nothing to report together."""
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -137,6 +155,8 @@ def train_all(
 
                 train(run, collated, split, args.batch_size, args.seed, show)
     except KeyboardInterrupt:
+        if runs[0].ranks.group is not None:
+            raise
         console.print("interrupted: reporting what is done so far", style="yellow")
         return True
     return False

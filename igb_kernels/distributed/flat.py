@@ -13,7 +13,7 @@ from igb_kernels.store import Grads
 BUCKET_BYTES = 25 << 20
 """The least that makes a message of its own, so that it can be on its way while the next is packed."""
 
-PART_BYTES = 256 << 10
+PART_BYTES = 1 << 20
 """The least of a message that goes to each rank: with less, many ranks would wait for latencies alone."""
 
 ALIGNMENT = 64

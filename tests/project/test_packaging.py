@@ -6,6 +6,7 @@ import os
 import pathlib
 import re
 import shutil
+import socket
 import subprocess
 import sys
 
@@ -139,6 +140,39 @@ def test_snippets_of_the_integrations_run(at, tmp_path):
         timeout=300,
     )
     assert result.returncode == 0, result.stderr
+
+
+DISTRIBUTED = ROOT / "igb_kernels" / "DISTRIBUTED.md"
+SNIPPETS_FOR_RANKS = [match[1] for match in BLOCK.finditer(DISTRIBUTED.read_text())]
+
+
+@pytest.mark.parametrize("at", range(len(SNIPPETS_FOR_RANKS)))
+def test_snippets_for_several_ranks_run(at, tmp_path):
+    """Each by itself on two ranks, as torchrun would start them."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    script = tmp_path / "train.py"
+    script.write_text(SNIPPETS_FOR_RANKS[at])
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    running = [
+        subprocess.Popen(
+            [sys.executable, script.name],
+            cwd=tmp_path,
+            env={**environment, "WORLD_SIZE": "2", "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    try:
+        for process in running:
+            printed, _ = process.communicate(timeout=120)
+            assert process.returncode == 0, printed
+    finally:
+        for process in running:
+            process.kill()
 
 
 def test_the_tests_that_the_training_guide_names_exist():
