@@ -29,16 +29,16 @@ def main(folder: Path, name: str) -> None:
         first = saved.pop("step")
         for key, state in saved.items():
             parts[key].load_state_dict(state)
+    start = os.environ["TORCHELASTIC_RESTART_COUNT"]
+    if rank == 0:
+        with (folder / "starts").open("a") as starts:
+            starts.write(start)
     for step in range(first, STEPS):
-        if step == DIES_AT and rank == 1 and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+        if step == DIES_AT and rank == 1 and start == "0":
             losses = training.losses(step)
             losses[1].register_hook(lambda grad: os.kill(os.getpid(), signal.SIGKILL))
             training.balancer.backward(losses)
-        try:
-            training.step(step)
-        except RuntimeError as error:
-            (folder / f"error-{rank}.txt").write_text(str(error))
-            raise
+        training.step(step)
         states = {key: part.state_dict() for key, part in parts.items()}  # all ranks: averages are gathered
         if rank == 0:
             torch.save({"step": step + 1, **states}, folder / "new.pt")

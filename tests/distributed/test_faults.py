@@ -59,6 +59,5 @@ def test_torchrun_restarts_and_the_run_goes_on_with_the_same_bits(two, tmp_path)
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     result = subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment)
     assert result.returncode == 0, result.stderr[-3000:]
-    assert "exitcode: -9" in result.stderr  # it did happen
-    assert (tmp_path / "error-0.txt").read_text().startswith("rank 0 of 2 waits in vain for another one")
+    assert (tmp_path / "starts").read_text() == "01"  # as often
     assert same(torch.load(tmp_path / "params.pt"), two.run(whole, "igb_v1+db_mtl")[0])
