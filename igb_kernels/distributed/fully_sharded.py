@@ -3,12 +3,13 @@ must not be told to do."""
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
+
+from igb_kernels.distributed.instances import instances_of
 
 AFTER = "make the balancer after fully_shard"
 
@@ -21,7 +22,7 @@ class FullyShardedModules:
         wanted = {id(p) for p in shared}
         self._modules = [
             module
-            for module in _all_of(FSDPModule)
+            for module in instances_of(FSDPModule)
             if any(id(p.sharded_param) in wanted for group in _groups(module) for p in group.fsdp_params)
         ]
 
@@ -61,7 +62,7 @@ def owners(leaves: Iterable[Tensor]) -> list[Tensor]:
     """The leaves of a graph, with the sharded parameter in the place of each whole one that `fully_shard` made."""
     sharded = {
         id(p._unsharded_param): p.sharded_param
-        for module in _all_of(FSDPModule)
+        for module in instances_of(FSDPModule)
         for group in _groups(module)
         for p in group.fsdp_params
         if hasattr(p, "_unsharded_param")
@@ -72,16 +73,12 @@ def owners(leaves: Iterable[Tensor]) -> list[Tensor]:
 def check_not_flat(shared: Sequence[Tensor]) -> None:
     """ValueError for parameters of FullyShardedDataParallel, which is FSDP1."""
     wanted = {id(p) for p in shared}
-    for module in _all_of(FullyShardedDataParallel):
+    for module in instances_of(FullyShardedDataParallel):
         if any(id(p) in wanted for p in module.parameters()):
             raise ValueError(
                 "shared must not belong to a FullyShardedDataParallel: shard the module by "
                 f"torch.distributed.fsdp.fully_shard, and {AFTER}"
             )
-
-
-def _all_of(kind: type) -> list[Any]:
-    return [found for found in gc.get_objects() if issubclass(type(found), kind)]
 
 
 def _groups(module: Any) -> Sequence[Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Sequence
 
 import torch
@@ -13,16 +12,14 @@ from torch.nn.parallel import DistributedDataParallel
 
 from igb_kernels._log import warn_once
 from igb_kernels.distributed.fully_sharded import check_not_flat
+from igb_kernels.distributed.instances import instances_of
 
 
 def wrapper_of(params: Sequence[Tensor]) -> DistributedDataParallel | None:
-    """The DistributedDataParallel that these are parameters of. It is looked for among all objects: parameters do not
-    know it, and what it does to their gradients shows nowhere before it has happened."""
+    """The DistributedDataParallel that these are parameters of. It is looked for among all objects: what it does to
+    gradients shows nowhere before it has happened."""
     wanted = {id(p) for p in params}
-    for found in gc.get_objects():
-        if not issubclass(type(found), DistributedDataParallel):
-            continue
-        wrapper: DistributedDataParallel = found
+    for wrapper in instances_of(DistributedDataParallel):
         if any(id(p) in wanted for p in wrapper.parameters()):
             return wrapper
     return None
