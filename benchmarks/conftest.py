@@ -18,6 +18,8 @@ from igb_kernels.bench.measure import Contender, Harness
 from igb_kernels.bench.results import Measurement
 from igb_kernels.printing import plain
 
+LEAST_ROUNDS = 3
+"""Few, so that all suites take ten minutes on two cores."""
 MEASUREMENTS = pytest.StashKey[list[Measurement]]()
 REMARKS = pytest.StashKey[list[str]]()
 
@@ -26,7 +28,7 @@ def pytest_addoption(parser) -> None:
     group = parser.getgroup("igb_kernels")
     group.addoption("--gpu", action="store_true", help="run the benchmarks on the GPU, and time them by events")
     group.addoption("--results", metavar="PATH", help="where to save what was measured, for `igb_kernels report`")
-    group.addoption("--seconds", type=float, default=0.5, help="of each benchmark's rounds (default: %(default)s)")
+    group.addoption("--seconds", type=float, default=0.3, help="of each benchmark's rounds (default: %(default)s)")
 
 
 @pytest.fixture
@@ -79,7 +81,7 @@ def measure(request, device) -> Callable[[Case], Measurement]:
     benchmark = None if device.type == "cuda" else request.getfixturevalue("benchmark")
     if benchmark is not None and benchmark.disabled:
         pytest.skip("benchmarks run with --benchmark-enable (make bench) or --gpu (make gpu-check)")
-    harness = Harness(device, seconds=config.getoption("--seconds"))
+    harness = Harness(device, seconds=config.getoption("--seconds"), least_rounds=LEAST_ROUNDS)
 
     def run(case: Case) -> Measurement:
         measurement = case.run(harness)

@@ -73,7 +73,7 @@ class Harness:
     MOST_ROUNDS = 1000
     BATCH = 2e-4
     LONG = 0.1
-    """Seconds of a call that is not made more often than needed."""
+    """Seconds of a call that is not made more often than needed: to warm it up is its first round."""
     CYCLES_PER_SECOND = 2e9
     LONGEST_LEAD = 0.03
 
@@ -164,18 +164,23 @@ class Harness:
         close = [name for name in names if usual[name] <= self.SLOW * usual[names[0]]]
         slow = [name for name in names if name not in close]
         rounds = {name: Rounds() for name in names}
+        for name in names:
+            if usual[name] >= self.LONG:  # to warm it up was a round
+                rounds[name].seconds[0] = usual[name]
+
+        def take(name: str) -> None:
+            if i not in rounds[name].seconds:
+                turns[name].take(i, rounds[name])
+
         began, slow_time, i = time.perf_counter(), sum(usual[name] for name in slow), 0
         while i < self.least_rounds or (time.perf_counter() - began < self.seconds and i < self.most_rounds):
             for name in close if i % 2 == 0 else close[::-1]:
-                turns[name].take(i, rounds[name])
+                take(name)
             # Slow ones have their rounds as long as they take no more than the time in all, and one in any case.
             if slow and (i == 0 or (i < self.SLOW_ROUNDS and slow_time < self.seconds)):
                 before = time.perf_counter()
                 for name in slow:
-                    if i or usual[name] < self.LONG:
-                        turns[name].take(i, rounds[name])
-                    else:  # to warm it up was a round
-                        rounds[name].seconds[i] = usual[name]
+                    take(name)
                 slow_time += time.perf_counter() - before
                 turns[names[0]].once()
             i += 1

@@ -163,3 +163,15 @@ def test_caches_are_emptied_by_more_than_they_hold():
     harness.empty_caches()
     assert harness._cache is not None
     assert harness._cache.numel() >= 64 << 20
+
+
+def test_warming_up_long_calls_is_their_first_round(monkeypatch):
+    monkeypatch.setattr(Harness, "LONG", 5e-3)
+    calls = []
+
+    def long(name):
+        return Contender(lambda: calls.append(name) or time.sleep(6e-3))
+
+    m = measure(Harness(seconds=0, least_rounds=3), long("ours"), {"theirs": long("theirs")})
+    assert m.timing.rounds == m.rivals["theirs"].timing.rounds == 3
+    assert calls.count("ours") == calls.count("theirs") == 3
