@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import gc
-from typing import TypeVar
-
-T = TypeVar("T")
+from typing import Any
 
 
-def instances_of(kind: type[T]) -> list[T]:
-    """All objects of the class or of those derived from it. Each refers to its class, and the collector finds it by
-    that much sooner than by going through all objects."""
-    kinds = _with_derived(kind)
-    return [found for found in gc.get_referrers(*kinds) if type(found) in kinds]
+def instances_of(*kinds: type) -> list[Any]:
+    """All objects of the classes or of those derived from them. Each refers to its class, and the collector finds it
+    by that much sooner than by going through all objects."""
+    every = set().union(*map(_with_derived, kinds))
+    return [found for found in gc.get_referrers(*every) if type(found) in every]
 
 
 def _with_derived(kind: type) -> set[type]:

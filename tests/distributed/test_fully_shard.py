@@ -34,7 +34,7 @@ def check(pool: Any, name: str, steps: int = 3, tolerance: float = 1e-10, **opti
 
 @pytest.mark.parametrize("name", [name for name in STATES if name not in BY_ELEMENTS])
 def test_as_one_process(two, name):
-    check(two, name, shard="everything")
+    check(two, name, steps=2)
 
 
 HOW = {
