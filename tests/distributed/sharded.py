@@ -151,8 +151,9 @@ class Run(Training):
         group = None if rank is None else dist.group.WORLD
         self.balancer = igb.Balancer(**options, shared=self.net.encoder, process_group=group)
         self.params = [*self.net.parameters(), *self.balancer.parameters()]
-        # A GradScaler cannot take the two kinds together.
-        kinds = [[p for p in self.params if isinstance(p, DTensor) == sharded] for sharded in (True, False)]
+        kinds = [self.params]
+        if mode == "scaled":  # a GradScaler cannot take the two kinds together
+            kinds = [[p for p in self.params if isinstance(p, DTensor) == sharded] for sharded in (True, False)]
         self.optimizers = [torch.optim.AdamW(params, lr=0.01) for params in kinds if params]
         self.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**40, growth_interval=2)
 
