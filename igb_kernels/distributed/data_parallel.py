@@ -10,7 +10,6 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from igb_kernels.distributed.fully_sharded import check_not_flat
 from igb_kernels.distributed.modules import Wrapped, wrapper_of
 from igb_kernels.distributed.ranks import GlobalLosses, Ranks
 from igb_kernels.distributed.sharded_parameters import ShardedParameters
@@ -38,7 +37,6 @@ class DataParallel:
         self._shared = shared
         self.sharded: ShardedParameters | None = None
         """Parameters that are sharded themselves: their module sums gradients."""
-        check_not_flat(shared)
         wrapper = wrapper_of(shared)
         if any(isinstance(p, DTensor) for p in shared):
             if wrapper is not None:

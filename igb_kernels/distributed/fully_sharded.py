@@ -3,25 +3,25 @@ must not be told to do."""
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 from torch import Tensor
-from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
+from torch.distributed._composable_state import _module_state_mapping
+from torch.distributed.fsdp import FSDPModule
 
 AFTER = "make the balancer after fully_shard"
 
 
 class FullyShardedModules:
     """The `fully_shard` modules that some parameters belong to. PyTorch has no public way from the whole parameters,
-    which graphs have as leaves, to the sharded ones; this is the only place that goes its private one."""
+    which graphs have as leaves, to the sharded ones; this file alone goes its private one."""
 
     def __init__(self, shared: Sequence[Tensor]) -> None:
         wanted = {id(p) for p in shared}
         self._modules = [
             module
-            for module in _all_of(FSDPModule)
+            for module in _modules()
             if any(id(p.sharded_param) in wanted for group in _groups(module) for p in group.fsdp_params)
         ]
 
@@ -61,7 +61,7 @@ def owners(leaves: Iterable[Tensor]) -> list[Tensor]:
     """The leaves of a graph, with the sharded parameter in the place of each whole one that `fully_shard` made."""
     sharded = {
         id(p._unsharded_param): p.sharded_param
-        for module in _all_of(FSDPModule)
+        for module in _modules()
         for group in _groups(module)
         for p in group.fsdp_params
         if hasattr(p, "_unsharded_param")
@@ -69,19 +69,8 @@ def owners(leaves: Iterable[Tensor]) -> list[Tensor]:
     return [sharded.get(id(leaf), leaf) for leaf in leaves]
 
 
-def check_not_flat(shared: Sequence[Tensor]) -> None:
-    """ValueError for parameters of FullyShardedDataParallel, which is FSDP1."""
-    wanted = {id(p) for p in shared}
-    for module in _all_of(FullyShardedDataParallel):
-        if any(id(p) in wanted for p in module.parameters()):
-            raise ValueError(
-                "shared must not belong to a FullyShardedDataParallel: shard the module by "
-                f"torch.distributed.fsdp.fully_shard, and {AFTER}"
-            )
-
-
-def _all_of(kind: type) -> list[Any]:
-    return [found for found in gc.get_objects() if issubclass(type(found), kind)]
+def _modules() -> list[Any]:
+    return [module for module in list(_module_state_mapping) if isinstance(module, FSDPModule)]
 
 
 def _groups(module: Any) -> Sequence[Any]:

@@ -2,29 +2,32 @@
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Sequence
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from igb_kernels._log import warn_once
-from igb_kernels.distributed.fully_sharded import check_not_flat
+from igb_kernels.distributed.fully_sharded import AFTER
+from igb_kernels.distributed.instances import instances_of
 
 
 def wrapper_of(params: Sequence[Tensor]) -> DistributedDataParallel | None:
-    """The DistributedDataParallel that these are parameters of. It is looked for among all objects: parameters do not
-    know it, and what it does to their gradients shows nowhere before it has happened."""
+    """The DistributedDataParallel that these are parameters of. It is looked for among all objects: what it does to
+    gradients shows nowhere before it has happened. ValueError where they belong to FSDP1's wrapper."""
     wanted = {id(p) for p in params}
-    for found in gc.get_objects():
-        if not issubclass(type(found), DistributedDataParallel):
-            continue
-        wrapper: DistributedDataParallel = found
+    for wrapper in instances_of(DistributedDataParallel, FullyShardedDataParallel):
         if any(id(p) in wanted for p in wrapper.parameters()):
-            return wrapper
+            if isinstance(wrapper, DistributedDataParallel):
+                return wrapper
+            raise ValueError(
+                "shared must not belong to a FullyShardedDataParallel: shard the module by "
+                f"torch.distributed.fsdp.fully_shard, and {AFTER}"
+            )
     return None
 
 
@@ -37,7 +40,6 @@ def check_alone(params: Sequence[Tensor]) -> None:
         )
     if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
         return
-    check_not_flat(params)
     if wrapper_of(params) is not None:
         raise ValueError(
             "process_group must be given where the shared parameters belong to a DistributedDataParallel: "

@@ -79,16 +79,16 @@ def replicas_alone(net: Whole) -> None:
 
 def tensor_parallel(net: Whole) -> None:
     """Norms stay plain."""
-    parallelize_module(net.encoder, mesh_of((2,)), {"0": ColwiseParallel(), "2": RowwiseParallel()})
+    parallelize_module(net.encoder, mesh_of((2,)), {"1": ColwiseParallel(), "3": RowwiseParallel()})
 
 
 def sequence_parallel(net: Whole) -> None:
     """Gradients of norms come as what each rank's samples add to their sums."""
     plan = {
-        "0": ColwiseParallel(),
-        "2": RowwiseParallel(output_layouts=Shard(0)),
-        "3": SequenceParallel(sequence_dim=0, use_local_output=True),
-        "4": PrepareModuleInput(input_layouts=Shard(0), desired_input_layouts=Replicate(), use_local_output=True),
+        "1": ColwiseParallel(),
+        "3": RowwiseParallel(output_layouts=Shard(0)),
+        "4": SequenceParallel(sequence_dim=0, use_local_output=True),
+        "5": PrepareModuleInput(input_layouts=Shard(0), desired_input_layouts=Replicate(), use_local_output=True),
     }
     parallelize_module(net.encoder, mesh_of((2,)), plan)
 
@@ -96,7 +96,7 @@ def sequence_parallel(net: Whole) -> None:
 def both(net: Whole) -> None:
     """Norms are sharded along one dimension of the mesh alone, the heads not at all."""
     mesh = mesh_of((2, 2), ("dp", "tp"))
-    parallelize_module(net.encoder, mesh["tp"], {"0": ColwiseParallel(), "2": RowwiseParallel()})
+    parallelize_module(net.encoder, mesh["tp"], {"1": ColwiseParallel(), "3": RowwiseParallel()})
     fully_shard(net.encoder, mesh=mesh["dp"])
 
 
@@ -140,6 +140,7 @@ class Run(Training):
         self.net = make_net("mlp", self.dtype)
         if shard in WITH_NORM:
             self.net.encoder.insert(3, nn.LayerNorm(5, dtype=self.dtype))
+            self.net.encoder.insert(0, nn.LayerNorm(6, dtype=self.dtype))
         self.net.__class__ = Whole
         if rank is not None:
             SHARDED[shard](self.net)
@@ -150,8 +151,9 @@ class Run(Training):
         group = None if rank is None else dist.group.WORLD
         self.balancer = igb.Balancer(**options, shared=self.net.encoder, process_group=group)
         self.params = [*self.net.parameters(), *self.balancer.parameters()]
-        # A GradScaler cannot take the two kinds together.
-        kinds = [[p for p in self.params if isinstance(p, DTensor) == sharded] for sharded in (True, False)]
+        kinds = [self.params]
+        if mode == "scaled":  # a GradScaler cannot take the two kinds together
+            kinds = [[p for p in self.params if isinstance(p, DTensor) == sharded] for sharded in (True, False)]
         self.optimizers = [torch.optim.AdamW(params, lr=0.01) for params in kinds if params]
         self.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**40, growth_interval=2)
 

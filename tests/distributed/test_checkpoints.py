@@ -40,7 +40,7 @@ def steps(
     rank: int | None, name: str, ranks: int, shard: str, first: int, last: int, before: Any = None, after: Any = None
 ) -> dict[str, Any]:
     """A part of a training, from a checkpoint to the next."""
-    run = Run(name, ranks, rank, shard, shares=SHARES)
+    run = Run(name, ranks, rank, shard, shares=SHARES, tensor_parallel=ranks if shard == "tensor parallel" else 1)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that there is one process
         if before is not None:
@@ -75,6 +75,16 @@ def test_on_other_numbers_of_processes(two, three, tmp_path, name, shard):
     found = difference({"weights": weights + last["weights"], "params": last["params"]},
                        {"weights": want["weights"], "params": want["params"]})  # fmt: skip
     assert max(found.values()) < 1e-10, found
+
+
+def test_from_tensor_parallelism_to_one_process_and_back(two, tmp_path):
+    """Parameters that are replicated stand before and behind those that are sharded."""
+    name, shard, first, second = "db_mtl sigma", "tensor parallel", tmp_path / "1", tmp_path / "2"
+    want = steps(None, name, 1, shard, 0, 3)
+    two.run(steps, name, 2, shard, 0, 1, None, first)
+    steps(None, name, 1, shard, 1, 2, first, second)
+    last = two.run(steps, name, 2, shard, 2, 3, second)[0]
+    assert difference(last, {"params": want["params"]})["params"] < 1e-10
 
 
 @pytest.mark.parametrize("name", WITH_STATE)

@@ -8,7 +8,8 @@ import torch
 import torch.distributed as dist
 from balancer.models import Snapshot, make_net, same
 from balancer.test_state import STATES
-from torch.distributed.tensor import DTensor, Replicate
+from torch.distributed.fsdp import FullyShardedDataParallel
+from torch.distributed.tensor import DTensor, Partial, Replicate
 
 import igb_kernels as igb
 
@@ -34,7 +35,7 @@ def check(pool: Any, name: str, steps: int = 3, tolerance: float = 1e-10, **opti
 
 @pytest.mark.parametrize("name", [name for name in STATES if name not in BY_ELEMENTS])
 def test_as_one_process(two, name):
-    check(two, name, shard="everything")
+    check(two, name, steps=2)
 
 
 HOW = {
@@ -115,7 +116,7 @@ def test_mixed_precision(two):
     assert same(first, second)
     assert dtypes == [torch.float32]
     want = trained(None, "db_mtl sigma", 2, 3, {"dtype": torch.float32})
-    assert difference({"weights": first["weights"]}, {"weights": want["weights"]})["weights"] < 2e-2
+    assert difference(first, {name: want[name] for name in ("weights", "params")})["weights"] < 2e-2
 
 
 def missing(losses: list[Any], rank: int) -> list[Any]:
@@ -139,6 +140,24 @@ def before_sharding(rank: int) -> None:
     balancer = igb.Balancer("cagrad", shared=net.encoder, process_group=dist.group.WORLD)
     SHARDED["encoder"](net)
     balancer.backward(losses_of(net, batches("mlp", 0, 2, torch.float64)[rank]))
+
+
+def of_the_first_kind(rank: int) -> None:
+    encoder = FullyShardedDataParallel(make_net().encoder, use_orig_params=True, device_id=torch.device("cpu"))
+    igb.Balancer("cagrad", shared=encoder, process_group=dist.group.WORLD)
+
+
+def on_part_of_a_group(rank: int) -> None:
+    """Of two ranks, each is a group of its own here, but the parameters are on both."""
+    net = make_net()
+    SHARDED["encoder"](net)
+    groups = [dist.new_group([member]) for member in range(2)]
+    igb.Balancer("cagrad", shared=net.encoder, process_group=groups[rank])
+
+
+def partial_sums(rank: int) -> None:
+    p = DTensor.from_local(torch.ones(3), mesh_of((2,)), [Partial()]).requires_grad_()
+    igb.Balancer("cagrad", shared=[p], process_group=dist.group.WORLD)
 
 
 REFUSED: dict[str, tuple[Callable[[Run, int], Any], str]] = {
@@ -165,6 +184,12 @@ REFUSED: dict[str, tuple[Callable[[Run, int], Any], str]] = {
         "representation must be None",
     ),
     "a balancer from before": (lambda run, rank: before_sharding(rank), "make the balancer after fully_shard"),
+    "FSDP1": (lambda run, rank: of_the_first_kind(rank), "must not belong to a FullyShardedDataParallel"),
+    "a group of other ranks": (
+        lambda run, rank: on_part_of_a_group(rank),
+        "must have all ranks of the parameters' mesh",
+    ),
+    "partial sums": (lambda run, rank: partial_sums(rank), "must be sharded or replicated, found the placements"),
     "losses on a mesh": (
         lambda run, rank: run.balancer.backward(on_mesh(run.losses(1))),
         "losses must be plain tensors",
