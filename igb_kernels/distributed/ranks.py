@@ -152,11 +152,10 @@ class Ranks:
         own = [p for p in params if p.requires_grad and not isinstance(p, DTensor)]
         if not own:
             return
-        reached = self.reached.of([p.grad is not None for p in own], own[0].device)
+        reached = self.reached.begin([p.grad is not None for p in own], own[0].device)
         flat = Flat(own, 1)
-        for p, grad, there in zip(
-            own, flat.like_params(self.sum_flat(flat, [p.grad for p in own])), reached, strict=True
-        ):
+        sums = flat.like_params(self.sum_flat(flat, [p.grad for p in own]))
+        for p, grad, there in zip(own, sums, reached(), strict=True):
             p.grad = grad if there else None
         if self.averaged_by_module:
             torch._foreach_div_([p.grad for p in own if p.grad is not None], self.size)
@@ -177,13 +176,15 @@ class Reached:
         self._ranks = ranks
         self._last: tuple[list[bool], Tensor] | None = None
 
-    def of(self, here: list[bool], device: torch.device) -> list[bool]:
-        """By parameter, from whether there is one here."""
+    def begin(self, here: list[bool], device: torch.device) -> Callable[[], list[bool]]:
+        """From whether there is one here, by parameter; what is called after the gradients have been sent."""
         if self._last is None or self._last[0] != here or self._last[1].device != device:
             self._last = here, torch.tensor(here, dtype=torch.int32).to(device)
         counts = self._last[1].clone()
         wait = self._ranks.begin(dist.all_reduce, counts)
-        if all(here) and not counts.is_cuda:  # others may have to wait for it
-            return here
-        wait()
-        return here if all(here) else [count > 0 for count in counts.tolist()]
+
+        def anywhere() -> list[bool]:
+            wait()
+            return here if all(here) else [count > 0 for count in counts.tolist()]
+
+        return anywhere

@@ -79,7 +79,7 @@ class ShardedParameters(LocalParts):
         super().pass_on()
         if not self.plain:
             return
-        reached = self.ranks.reached.of(self._reached, self.params[0].device)
+        reached = self.ranks.reached.begin(self._reached, self.params[0].device)()
         self._reached = [False] * len(self.plain)
         for i, there in zip(self.plain, reached, strict=True):
             if not there:

@@ -65,14 +65,14 @@ class Shards:
 
     def pass_on(self, retain_graph: bool) -> None:
         """Makes `.grad` of the shared parameters the whole update, where some rank's passes reached them."""
-        reached = self.ranks.reached.of(self.reached, self.shared[0].device)
+        reached = self.ranks.reached.begin(self.reached, self.shared[0].device)
         self.reached = [False] * len(self.shared)
         if self.shared[0].device.type != "cpu":  # whose memory, once it is the system's again, is slow to get
             self._spare.clear()
         whole = self.layout.like_params(self._whole([p.grad for p in self.params]))
         for p in self.params:
             p.grad = None
-        for p, grad, there in zip(self.shared, whole, reached, strict=True):
+        for p, grad, there in zip(self.shared, whole, reached(), strict=True):
             p.grad = grad if there and p.requires_grad else None
 
     def _whole(self, shards: Grads) -> list[Tensor]:
@@ -173,9 +173,9 @@ class Replicas:
 
     def pass_on(self, retain_graph: bool) -> None:
         """Leaves `.grad` where some rank's passes have come."""
-        reached = self.ranks.reached.of(self.reached, self.params[0].device)
+        reached = self.ranks.reached.begin(self.reached, self.params[0].device)
         self.reached = [False] * len(self.params)
-        for p, there in zip(self.params, reached, strict=True):
+        for p, there in zip(self.params, reached(), strict=True):
             if not there:
                 p.grad = None
 

@@ -95,5 +95,5 @@ def _serve(rank: int, size: int, port: int, pipe: multiprocessing.connection.Con
             return
         try:
             pipe.send((True, function(rank, *arguments)))
-        except Exception:
+        except BaseException:  # as torch's CheckpointException
             pipe.send((False, traceback.format_exc()))

@@ -13,7 +13,7 @@ import torch
 from balancer.models import same
 
 from .elastic import STEPS
-from .pool import Pool, free_port
+from .pool import Pool
 from .runs import Training
 
 
@@ -53,10 +53,11 @@ def whole(rank: int, name: str) -> list[torch.Tensor]:
 def test_torchrun_restarts_and_the_run_goes_on_with_the_same_bits(two, tmp_path):
     script = Path(__file__).with_name("elastic.py")
     command = [
-        sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--max-restarts=1",
-        "--monitor-interval=0.2", f"--master-port={free_port()}", str(script), str(tmp_path), "igb_v1+db_mtl",
+        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--max-restarts=1",
+        "--monitor-interval=0.2", str(script), str(tmp_path), "igb_v1+db_mtl",
     ]  # fmt: skip
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    # Its store would hold the addresses of the first start, and ranks of the second try to reach them.
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
     result = subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment)
     assert result.returncode == 0, result.stderr[-3000:]
     assert (tmp_path / "starts").read_text() == "01"  # as often
