@@ -105,6 +105,8 @@ class DataParallel:
     def passes(self, passes: Passes, needs: Needs, crossed: bool) -> tuple[Passes, Gathering]:
         """Those that work where the gradients of all ranks are."""
         if not crossed and needs is not Needs.ELEMENTS:
+            if isinstance(self.place, Shards):
+                self.place.averages = passes.method.ema_decay() is not None
             return passes.gathering(self.place, whole=False), self.place
         self.check_method(needs, crossed)
         if self._replicas is None:
@@ -117,6 +119,7 @@ class DataParallel:
 
     def own(self, rows: Sequence[Grads]) -> list[Grads]:
         """This rank's part of moving averages in the parameters' shapes."""
+        self._shards = None
         return [self.place.own(row) for row in rows]
 
     def agree(self, found: dict[str, Any]) -> bool:

@@ -38,6 +38,10 @@ class Shards:
         self.capture: Capture = ShardedCapture(self)
         self.reached = [False] * len(shared)
         """Whether any pass of the step has come to the parameter, on this rank."""
+        self.averaged = [False] * len(shared)
+        """Whether the parameter has got a gradient in any step, and so what is kept of gradients, if anything is."""
+        self.averages = False
+        """Whether moving averages take the gradients' place."""
         self.copies: dict[int, int] = {}
         self._spare: list[tuple[list[Tensor], list[Tensor]]] = []
         """Buffers that nothing is on its way from or to: the packed ones, and those for the other ranks' parts."""
@@ -72,7 +76,9 @@ class Shards:
         whole = self.layout.like_params(self._whole([p.grad for p in self.params]))
         for p in self.params:
             p.grad = None
-        for p, grad, there in zip(self.shared, whole, reached(), strict=True):
+        now = reached()
+        self.averaged = [was or there for was, there in zip(self.averaged, now, strict=True)]
+        for p, grad, there in zip(self.shared, whole, self.averaged if self.averages else now, strict=True):
             p.grad = grad if there and p.requires_grad else None
 
     def _whole(self, shards: Grads) -> list[Tensor]:
@@ -95,12 +101,13 @@ class Shards:
         """A task's moving averages in the parameters' shapes, from every rank's shards; None if there are none yet."""
         if all(t is None for t in row):
             return [None] * len(self.shared)
-        return list(self.layout.like_params(self._whole(row)))
+        whole = self.layout.like_params(self._whole(row))
+        return [t if there else None for t, there in zip(whole, self.averaged, strict=True)]
 
     def own(self, row: Grads) -> Grads:
         """This rank's shards of a task's moving averages in the parameters' shapes."""
-        there = [t for t in row if t is not None]
-        if not there:
+        self.averaged = [a or t is not None for a, t in zip(self.averaged, row, strict=True)]
+        if all(t is None for t in row):
             return [None] * len(self.params)
         buffers = self.layout.empty([accumulator_dtype(bucket.dtype) for bucket in self.layout.buckets])
         size = [len(buffer) // self.ranks.size for buffer in self.layout.pack(row, buffers=buffers)]

@@ -1,4 +1,4 @@
-"""Processes that run functions together, as ranks of a gloo process group."""
+"""Processes that run functions together, as ranks of a process group."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ def free_port() -> int:
 class Pool:
     """N processes that are ranks 0 to N - 1; functions must be importable, and get the rank first."""
 
-    def __init__(self, size: int, timeout: float = LIMIT / 2) -> None:
+    def __init__(self, size: int, timeout: float = LIMIT / 2, backend: str = "gloo") -> None:
         self.size, self._timeout = size, timeout
         port = free_port()
         self._pipes, self.processes = [], []
         for rank in range(size):
             ours, theirs = _context.Pipe()
-            process = _context.Process(target=_serve, args=(rank, size, port, theirs, timeout), daemon=True)
+            process = _context.Process(target=_serve, args=(rank, size, port, theirs, timeout, backend), daemon=True)
             process.start()
             theirs.close()
             self._pipes.append(ours)
@@ -81,13 +81,17 @@ class Pool:
             process.join()
 
 
-def _serve(rank: int, size: int, port: int, pipe: multiprocessing.connection.Connection, timeout: float) -> None:
+def _serve(
+    rank: int, size: int, port: int, pipe: multiprocessing.connection.Connection, timeout: float, backend: str
+) -> None:
     import torch
     import torch.distributed as dist
 
     torch.set_num_threads(1)
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    dist.init_process_group("gloo", rank=rank, world_size=size, timeout=datetime.timedelta(seconds=timeout))
+    if backend == "nccl":
+        torch.cuda.set_device(rank)
+    dist.init_process_group(backend, rank=rank, world_size=size, timeout=datetime.timedelta(seconds=timeout))
     while True:
         try:
             function, arguments = pipe.recv()

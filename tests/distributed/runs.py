@@ -39,10 +39,11 @@ class Training:
         kind: str = "mlp",
         dtype: torch.dtype = torch.float64,
         lr: float = 0.01,
+        device: str = "cpu",
         **options: Any,
     ) -> None:
-        self.ranks, self.rank, self.kind, self.dtype = ranks, rank, kind, dtype
-        self.net = make_net(kind, dtype)
+        self.ranks, self.rank, self.kind, self.dtype, self.device = ranks, rank, kind, dtype, device
+        self.net = make_net(kind, dtype).to(device)
         torch.manual_seed(7 if rank is None else 7 + rank)  # ranks must not need the same
         group = None if rank is None else dist.group.WORLD
         options = {**STATES[name](), **options}
@@ -50,8 +51,13 @@ class Training:
         self.params = [*self.net.parameters(), *self.balancer.parameters()]
         self.optimizer = torch.optim.SGD(self.params, lr=lr, momentum=0.9)
 
-    def losses(self, step: int) -> list[Tensor]:
+    def batches(self, step: int) -> list[tuple[Tensor, Tensor]]:
+        """Of each rank."""
         found = batches(self.kind, step, self.ranks, self.dtype)
+        return [(x.to(self.device), y.to(self.device)) for x, y in found]
+
+    def losses(self, step: int) -> list[Tensor]:
+        found = self.batches(step)
         if self.rank is not None:
             return losses_of(self.net, found[self.rank])
         whole = torch.cat([x for x, _ in found]), torch.cat([y for _, y in found], dim=1)
@@ -77,7 +83,7 @@ class Training:
             "grads": [p.grad for p in self.params if p.grad is not None],
             "params": list(self.params),
         }
-        return {name: [t.detach().clone() for t in tensors] for name, tensors in seen.items()}
+        return {name: [t.detach().cpu().clone() for t in tensors] for name, tensors in seen.items()}
 
 
 def difference(a: dict[str, Sequence[Tensor]], b: dict[str, Sequence[Tensor]]) -> dict[str, float]:
@@ -112,7 +118,7 @@ class Missing(Training):
         return (3 * rank + 2 * task + step) % 4 != 0 or rank == 0
 
     def losses(self, step: int) -> list[Tensor | None]:
-        found = batches(self.kind, step, self.ranks, self.dtype)
+        found = self.batches(step)
         if self.rank is not None:
             all_tasks = losses_of(self.net, found[self.rank])
             return [loss if self.has(self.rank, k, step) else None for k, loss in enumerate(all_tasks)]
@@ -132,7 +138,7 @@ class MicroBatches(Missing):
         count = [sum(any(self.has(r, k, s) for s in steps) for r in range(self.ranks)) for k in range(3)]
         found = []
         for s in steps:
-            of_ranks = batches(self.kind, s, self.ranks, self.dtype)
+            of_ranks = self.batches(s)
             for r in ranks:
                 losses = losses_of(self.net, of_ranks[r])
                 share = [1.0] * 3 if self.rank is not None else [1 / max(1, n) for n in count]
@@ -157,7 +163,7 @@ class Scaled(Training):
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
-        self.scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+        self.scaler = torch.amp.GradScaler(self.device, init_scale=1024.0)
 
     def step(self, step: int, losses: Any = None) -> igb.result.BalanceResult:
         self.optimizer.zero_grad()
@@ -175,7 +181,7 @@ class AtRepresentation(Training):
 
     def step(self, step: int, losses: Any = None) -> igb.result.BalanceResult:
         self.optimizer.zero_grad()
-        found = batches(self.kind, step, self.ranks, self.dtype)
+        found = self.batches(step)
         x, y = found[self.rank] if self.rank is not None else (
             torch.cat([x for x, _ in found]), torch.cat([y for _, y in found], dim=1)
         )  # fmt: skip

@@ -5,6 +5,8 @@ import torch
 from balancer.models import same
 from balancer.test_state import STATES
 
+import igb_kernels as igb
+
 from .runs import VARIATIONS, difference, varied
 
 STEPS = 12
@@ -59,3 +61,51 @@ def test_at_the_representation(two, name):
 @pytest.mark.parametrize("name", ["modo", "sdm_grad"])
 def test_independent_batches(two, name):
     check(two, "TwoBatches", name, 1e-12)
+
+
+class Branches(torch.nn.Module):
+    """An encoder of which ranks and steps use different parts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.parts = torch.nn.ModuleList(torch.nn.Linear(4, 4) for _ in range(4)).double()
+        self.heads = torch.nn.ModuleList(torch.nn.Linear(4, 1) for _ in range(3)).double()
+
+    def losses(self, x: torch.Tensor, part: int) -> list[torch.Tensor]:
+        z = self.parts[part](self.parts[0](x).tanh())
+        return [(k + 1.0) * (head(z) - k).square().mean() for k, head in enumerate(self.heads)]
+
+
+USED = ((1, 1), (1, 2), (2, 1), (1, 2), (2, 2))
+"""The part that each rank uses, by step; nobody uses the fourth."""
+
+
+def in_branches(rank: int | None, name: str) -> list[list[torch.Tensor | None]]:
+    """Gradients of each step, with those of the step before the last still there."""
+    model = Branches()
+    group = None if rank is None else torch.distributed.group.WORLD
+    balancer = igb.Balancer(name, shared=model.parts, process_group=group)
+    seen = []
+    for step, used in enumerate(USED):
+        torch.default_generator.manual_seed(step)
+        xs = torch.randn(2, 5, 4, dtype=torch.float64)
+        if step != 3:
+            model.zero_grad()
+        if rank is not None:
+            losses = model.losses(xs[rank], used[rank])
+        else:
+            losses = [sum(of) / 2 for of in zip(*map(model.losses, xs, used), strict=True)]
+        balancer.backward(losses)
+        seen.append([None if p.grad is None else p.grad.clone() for p in model.parameters()])
+    return seen
+
+
+@pytest.mark.parametrize("name", ["db_mtl", "nash_mtl", "emtl", "grad_drop", "equal"])
+def test_parameters_that_some_ranks_or_none_use(two, name):
+    first, second = two.run(in_branches, name)
+    assert same(first, second)
+    for step, (found, want) in enumerate(zip(first, in_branches(None, name), strict=True)):
+        assert [g is None for g in found] == [g is None for g in want], step
+        for g, w in zip(found, want, strict=True):
+            assert g is None or torch.allclose(g, w, rtol=1e-10, atol=1e-12)
