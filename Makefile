@@ -28,7 +28,7 @@ demo: $(VENV)/demo $(if $(findstring igb_v2,$(METHOD) $(ARGS)),$(VENV)/igbv2)
 
 # One thread for each process: more get into each other's way. The tests of threads ask for theirs.
 test: build lint
-	OMP_NUM_THREADS=1 $(PY) -m pytest --numprocesses $(WORKERS) --dist loadgroup $(ARGS)
+	OMP_NUM_THREADS=1 $(PY) -m pytest --numprocesses $(WORKERS) --no-loadscope-reorder $(ARGS)
 
 bench: build
 	$(PY) -m pytest benchmarks --benchmark-enable --benchmark-columns=median,iqr,rounds --results=$(RESULTS) $(ARGS)

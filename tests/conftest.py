@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import hypothesis
 import pytest
@@ -20,15 +21,27 @@ hypothesis.settings.register_profile(
 hypothesis.settings.load_profile("igb_kernels")
 
 BUILDERS = ("cpp", "cuda_kernels", "distributed", "examples", "gpu", "project", "triton_backend")
-"""Folders whose tests share what takes long to make: one process runs each."""
+"""Folders whose tests share what takes long to make: one process runs each, first of all."""
 
 
-@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the marks
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    for item in items:
-        if (folder := item.path.parent.name) in BUILDERS:
-            item.add_marker(pytest.mark.xdist_group(folder))
     items.sort(key=lambda item: item.path.parent.name not in BUILDERS)  # else one process is left alone with the last
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Parallel processes get such a folder whole, and most other tests one by one. (`--dist loadgroup` would do, but
+    pytest-xdist 3.8 does not see its own marks with pytest 9.2.)"""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByFolder(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            module = nodeid.partition("::")[0]
+            folder = module.split("/")[-2]
+            if folder in BUILDERS:
+                return folder
+            return module if folder == "integrations" else nodeid  # what they import takes seconds
+
+    return ByFolder(config, log)
 
 
 INSTRUCTION_SETS = ("avx512bf16", "avx512", "avx2", "portable")

@@ -25,7 +25,7 @@ from accelerate.state import AcceleratorState, GradientState  # noqa: E402
 
 from igb_kernels.integrations.huggingface import BalancedTrainer  # noqa: E402
 
-pytestmark = [pytest.mark.xdist_group("huggingface"), pytest.mark.filterwarnings("ignore")]
+pytestmark = pytest.mark.filterwarnings("ignore")
 
 EPOCHS, EXAMPLES, SIZE = 3, 10, 2
 

@@ -32,7 +32,7 @@ from lightning.pytorch.plugins import MixedPrecision  # noqa: E402
 
 from igb_kernels.integrations.lightning import BalancedModule  # noqa: E402
 
-pytestmark = [pytest.mark.xdist_group("lightning"), pytest.mark.filterwarnings("ignore")]
+pytestmark = pytest.mark.filterwarnings("ignore")
 logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
 
 QUIET = {

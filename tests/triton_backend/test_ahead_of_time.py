@@ -6,6 +6,8 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -19,15 +21,21 @@ MOST_REGISTERS = 192
 """A multiprocessor has room for 2 programs of 128 threads then, and for 3 with up to 168, which is what most need."""
 
 
-@pytest.fixture(scope="module", params=[80, 90], ids="sm_{}".format)
-def kernels(request, tmp_path_factory):
+@pytest.fixture(params=[80, 90], ids="sm_{}".format)
+def kernels(request):
     if not (TOOLS / "cuobjdump").exists():
         pytest.skip(f"this triton comes without cuobjdump (looked in {TOOLS})")
-    env = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path_factory.mktemp("triton"))}
-    env.pop("TRITON_INTERPRET", None)
-    command = [sys.executable, "-m", "compile_kernels", str(request.param)]
-    env["PYTHONPATH"] = os.pathsep.join([str(HERE), str(HERE.parents[1]), env.get("PYTHONPATH", "")])
-    run = subprocess.run(command, env=env, capture_output=True, text=True)
+    return compiled(request.param)
+
+
+@cache  # a fixture of the module's would be made again whenever the parameter changes
+def compiled(architecture):
+    with tempfile.TemporaryDirectory() as folder:
+        env = {**os.environ, "TRITON_CACHE_DIR": folder}
+        env.pop("TRITON_INTERPRET", None)
+        command = [sys.executable, "-m", "compile_kernels", str(architecture)]
+        env["PYTHONPATH"] = os.pathsep.join([str(HERE), str(HERE.parents[1]), env.get("PYTHONPATH", "")])
+        run = subprocess.run(command, env=env, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     return json.loads(run.stdout)
 
