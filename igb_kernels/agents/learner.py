@@ -175,7 +175,9 @@ class Burst:
             self.failure = error
 
     def _run_beside(self) -> None:
-        _os_threads.difference_update([tid for tid in _os_threads if not _is_alive(tid)])
+        for thread in list(_os_threads):  # a copy: other bursts begin meanwhile
+            if not _is_alive(thread):
+                _os_threads.discard(thread)
         _os_threads.add(threading.get_native_id())
         try:
             self._run()
@@ -202,7 +204,7 @@ def _wait_for_all() -> None:
     for burst in list(_running):
         burst.join()
     last = time.monotonic() + MOST_SECONDS
-    while any(map(_is_alive, _os_threads)) and time.monotonic() < last:
+    while any(map(_is_alive, list(_os_threads))) and time.monotonic() < last:
         time.sleep(1e-4)
     _os_threads.clear()
 

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 import igb_kernels as igb
+from igb_kernels.agents import learner
 from igb_kernels.agents.learner import Burst
 from igb_kernels.agents.sac import SACAgent
 from igb_kernels.backends import resolve
@@ -182,6 +183,22 @@ def test_a_balancer_that_goes_takes_its_thread_along(slow):
     assert agent_threads()
     del rule
     assert gone(1.0)  # of 100 updates of 20 ms
+
+
+def test_bursts_begin_while_others_do(monkeypatch):
+    """Threads of several agents: each notes its own, and looks which others have ended."""
+    numbers = iter(range(10**9, 10**9 + 9))
+
+    def another_begins(thread: int) -> bool:
+        learner._os_threads.add(next(numbers))
+        return False
+
+    monkeypatch.setattr(learner, "_os_threads", {1, 2, 3})
+    monkeypatch.setattr(learner, "_is_alive", another_begins)
+    done = []
+    burst = Burst(done.append, 4, size=0, owner=another_begins)
+    burst.join()
+    assert done == [0, 1, 2, 3]
 
 
 def test_a_burst_is_waited_for_at_a_fork():
