@@ -280,11 +280,7 @@ def measure(
     g = gradients()
     job, own = OPS[name](g), options.backend_name()
     tolerance = TOLERANCE.get(dtype, HALF_TOLERANCE)
-
-    def on(backend: str) -> Contender:
-        return Contender(partial(job.run, backend), lambda: job.error(job.run(backend)), tolerance)
-
-    rivals = {other: on(other) for other in FASTEST_FIRST[options.device.type] if other != own and backends()[other]}
+    rivals = other_kernels(job, dtype, options)
     if free is not None and lavish > 0.8 * free:
         harness.remark(f"no room to run eager PyTorch and the reference at K = {tasks}, D = {number(params)}")
     else:
@@ -295,9 +291,11 @@ def measure(
         rivals["eager"] = Contender(job.eager, lambda: off(job.eager()), wide, note=job.eager_note)
         if own != "reference":
             # Where it is what the truth is from, that need not be seen again.
-            rivals["reference"] = Contender(partial(job.run, "reference")) if name == "sign_drop" else on("reference")
+            rivals["reference"] = (
+                Contender(partial(job.run, "reference")) if name == "sign_drop" else on(job, "reference", dtype)
+            )
     return harness.measure(
-        on(own),
+        on(job, own, dtype),
         rivals,
         suite="ops",
         name=name,
@@ -307,6 +305,18 @@ def measure(
         backend=own,
         moved_bytes=job.moved_bytes,
     )
+
+
+def on(job: Job, backend: str, dtype: torch.dtype) -> Contender:
+    """The operation on a backend."""
+    tolerance = TOLERANCE.get(dtype, HALF_TOLERANCE)
+    return Contender(partial(job.run, backend), lambda: job.error(job.run(backend)), tolerance)
+
+
+def other_kernels(job: Job, dtype: torch.dtype, options: Options) -> dict[str, Contender]:
+    """The operation on the backends with kernels for the device, beside the one that is measured."""
+    others = [name for name in FASTEST_FIRST[options.device.type] if name != options.backend_name()]
+    return {name: on(job, name, dtype) for name in others if backends()[name]}
 
 
 class _Latest:

@@ -10,14 +10,13 @@ from functools import partial
 
 import torch
 
-from igb_kernels.backends import FASTEST_FIRST, backends
 from igb_kernels.bench import solvers
 from igb_kernels.bench.cases import Case, Options, chosen, number
 from igb_kernels.bench.fits import Fit, fits
 from igb_kernels.bench.gradients import Gradients
 from igb_kernels.bench.machine import free_bytes
-from igb_kernels.bench.measure import Contender, Harness
-from igb_kernels.bench.ops import HALF_TOLERANCE, OPS, TOLERANCE
+from igb_kernels.bench.measure import Harness
+from igb_kernels.bench.ops import OPS, on, other_kernels
 from igb_kernels.bench.results import Measurement
 from igb_kernels.gradients import METHODS
 from igb_kernels.printing import Section
@@ -66,15 +65,9 @@ def measure(
         harness.remark(f"K = {tasks}, D = {number(params)} is left out: {size:.3g} GB of gradients, too much for here")
         return None
     job, own = OPS[name](g), options.backend_name()
-    tolerance = TOLERANCE.get(dtype, HALF_TOLERANCE)
-
-    def on(backend: str) -> Contender:
-        return Contender(partial(job.run, backend), lambda: job.error(job.run(backend)), tolerance)
-
-    others = [other for other in FASTEST_FIRST[options.device.type] if other != own and backends()[other]]
     return harness.measure(
-        on(own),
-        {other: on(other) for other in others},
+        on(job, own, dtype),
+        other_kernels(job, dtype, options),
         suite="scaling",
         name=name,
         tasks=tasks,
