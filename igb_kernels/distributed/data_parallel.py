@@ -43,7 +43,7 @@ class DataParallel:
                 raise ValueError("shared must not be DTensors in a DistributedDataParallel")
             self.sharded = ShardedParameters(self.ranks, shared)
             self.ranks.averaged_by_module = True
-        self.wrapped = None if wrapper is None else Wrapped(wrapper, shared, group)
+        self.wrapped = None if wrapper is None else Wrapped(wrapper, shared, self.ranks)
         self._shards: Shards | None = None
         self._replicas: Replicas | None = None
         self.agreed = False

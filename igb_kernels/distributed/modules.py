@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -14,6 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 from igb_kernels._log import warn_once
 from igb_kernels.distributed.fully_sharded import AFTER
 from igb_kernels.distributed.instances import instances_of
+from igb_kernels.distributed.ranks import Ranks
 
 
 def wrapper_of(params: Sequence[Tensor]) -> DistributedDataParallel | None:
@@ -32,13 +34,14 @@ def wrapper_of(params: Sequence[Tensor]) -> DistributedDataParallel | None:
 
 
 def check_alone(params: Sequence[Tensor]) -> None:
-    """ValueError where a balancer that has no process group would see the gradients of one process alone."""
+    """ValueError where a balancer that has no process group would see the gradients of one process alone; called where
+    torch.distributed is initialized."""
     if any(isinstance(p, DTensor) for p in params):
         raise ValueError(
             "process_group must be given where the shared parameters are DTensors: "
             "Balancer(..., process_group=torch.distributed.group.WORLD)"
         )
-    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+    if dist.get_world_size() == 1:
         return
     if wrapper_of(params) is not None:
         raise ValueError(
@@ -54,16 +57,16 @@ def check_alone(params: Sequence[Tensor]) -> None:
 class Wrapped:
     """A DistributedDataParallel whose communication the balancer does from now on."""
 
-    def __init__(self, ddp: DistributedDataParallel, shared: Sequence[Tensor], group: dist.ProcessGroup) -> None:
-        if ddp.process_group is not group and dist.get_process_group_ranks(ddp.process_group) != (
-            dist.get_process_group_ranks(group)
+    def __init__(self, ddp: DistributedDataParallel, shared: Sequence[Tensor], ranks: Ranks) -> None:
+        if ddp.process_group is not ranks.group and dist.get_process_group_ranks(ddp.process_group) != (
+            dist.get_process_group_ranks(ranks.group)
         ):
             raise ValueError("process_group must be that of the DistributedDataParallel, found one of other ranks")
         if ddp.static_graph:
             raise ValueError(
                 "the DistributedDataParallel must be made with static_graph=False: with it, there is no no_sync()"
             )
-        self._ddp, self._group = ddp, group
+        self._ddp, self._ranks = ddp, ranks
         known = {id(p) for p in shared}
         self.heads = [p for p in ddp.parameters() if p.requires_grad and id(p) not in known]
         """The parameters that are not shared."""
@@ -84,10 +87,10 @@ class Wrapped:
         by_dtype: dict[torch.dtype, list[Tensor]] = {}
         for buffer in _buffers(self._ddp):
             by_dtype.setdefault(buffer.dtype, []).append(buffer)
-        first = dist.get_global_rank(self._group, 0)
+        first = dist.get_global_rank(self._ranks.group, 0)
         for buffers in by_dtype.values():
             flat = torch.cat([b.detach().reshape(-1) for b in buffers])
-            dist.broadcast(flat, src=first, group=self._group)
+            self._ranks.begin(partial(dist.broadcast, src=first), flat)()
             parts = torch.split(flat, [b.numel() for b in buffers])
             with torch.no_grad():
                 torch._foreach_copy_(buffers, [part.view(b.shape) for part, b in zip(parts, buffers, strict=True)])
